@@ -1,0 +1,84 @@
+"""Every way memprof can fail on purpose, and the exit code each one means.
+
+The tree::
+
+    MemprofError            1  something failed; the message says what to do
+    ├── UsageError          2  the request itself is wrong
+    │   ├── UnknownName     2  no such method, field, task, model, device ...
+    │   ├── BadValue        2  a value outside its range
+    │   └── RunExists       2  a run folder is already there
+    ├── DataError           1  a file or data set cannot be read
+    ├── WeightsError        1  a checkpoint is missing, truncated or foreign
+    ├── DeviceUnavailable   1  the device asked for is not on this machine
+    ├── GateFailed          3  an audit or validation gate did not hold
+    ├── DoesNotFit          4  predicted not to fit the budget or the card
+    └── OutOfMemory         5  ran out of device memory; the record is written
+
+``memprof.cli.main`` is the one place that turns an error into an exit code.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from difflib import get_close_matches
+
+
+class MemprofError(Exception):
+    """A failure with one clear line for the user; ``exit_code`` ends the process."""
+
+    exit_code = 1
+
+
+class UsageError(MemprofError):
+    """The request is wrong; asking again differently can succeed."""
+
+    exit_code = 2
+
+
+class UnknownName(UsageError):
+    """A name that is not registered; the message lists the names that are."""
+
+    def __init__(self, kind: str, name: str, valid: Iterable[str]) -> None:
+        names = sorted(valid)
+        near = get_close_matches(name, names, n=1)
+        hint = f" (did you mean {near[0]!r}?)" if near else ""
+        super().__init__(f"unknown {kind} {name!r}{hint}; valid: {', '.join(names)}")
+        self.kind, self.name, self.valid = kind, name, names
+
+
+class BadValue(UsageError):
+    """A value outside the range its field allows."""
+
+
+class RunExists(UsageError):
+    """The run folder exists and neither ``--resume`` nor ``--force`` was given."""
+
+
+class DataError(MemprofError):
+    """A data file or data set cannot be read."""
+
+
+class WeightsError(MemprofError):
+    """A checkpoint is missing, truncated, or not the model asked for."""
+
+
+class DeviceUnavailable(MemprofError):
+    """The device asked for is not on this machine."""
+
+
+class GateFailed(MemprofError):
+    """A gate (audit, validation) did not hold."""
+
+    exit_code = 3
+
+
+class DoesNotFit(MemprofError):
+    """Predicted not to fit the budget or the card."""
+
+    exit_code = 4
+
+
+class OutOfMemory(MemprofError):
+    """Device memory ran out; everything finished before is recorded."""
+
+    exit_code = 5

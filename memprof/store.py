@@ -1,0 +1,141 @@
+"""The run folder: ``run.json`` and ``samples.jsonl``, one flushed line a finished sample.
+
+Nothing finished is ever lost: a killed run keeps every line but a torn last one, and resuming it ends with the same bytes
+an unbroken run writes. This module never imports torch.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from memprof.errors import DataError, RunExists, UsageError
+from memprof.records import SCHEMA, Run, RunRecord, SampleRecord
+
+RUN_FILE, SAMPLES_FILE = "run.json", "samples.jsonl"
+
+
+def write_json(path: Path, data: Any) -> None:
+    """Write ``data`` to ``path`` in one step: a reader sees the old file or the new, never half of one."""
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.write_text(json.dumps(data, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    os.replace(temporary, path)
+
+
+class RunFolder:
+    """A run folder open for appending. Use :meth:`open`, then :meth:`append` for each sample, then :meth:`finish`."""
+
+    def __init__(self, path: Path, record: RunRecord, samples: list[SampleRecord]) -> None:
+        self.path, self.record, self.samples = path, record, samples
+        self._lines = (path / SAMPLES_FILE).open("a", encoding="utf-8")
+
+    @classmethod
+    def open(cls, path: Path, record: RunRecord, *, resume: bool = False, force: bool = False) -> RunFolder:
+        """Create ``path`` for ``record``, or go on with the run that is there.
+
+        Raises:
+            RunExists: The folder holds a run, and neither ``resume`` nor ``force`` was given.
+            UsageError: ``resume``, but the run there was another experiment, or ``path`` is not a run folder.
+        """
+        if (path / RUN_FILE).exists() and not force:
+            if not resume:
+                raise RunExists(f"{path} already holds a run; --resume finishes it, --force replaces it")
+            there = read_run(path)
+            if there.record.spec != record.spec:
+                changed = [
+                    f"{k}: {v!r} there, {getattr(record.spec, k)!r} asked"
+                    for k, v in there.record.spec.to_json().items()
+                    if v != getattr(record.spec, k)
+                ]
+                raise UsageError(f"{path} holds another experiment ({'; '.join(changed)}); use another folder")
+            _drop_torn_line(path / SAMPLES_FILE)
+            return cls(path, there.record, there.samples)
+        if path.exists() and any(path.iterdir()):
+            if not (path / RUN_FILE).exists():
+                raise UsageError(f"{path} is not empty and holds no run; use another folder")
+            shutil.rmtree(path)
+        path.mkdir(parents=True, exist_ok=True)
+        write_json(path / RUN_FILE, record.to_json())
+        return cls(path, record, [])
+
+    def __enter__(self) -> RunFolder:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._lines.close()
+
+    @property
+    def done(self) -> set[str]:
+        """Ids that already have a line."""
+        return {s.id for s in self.samples}
+
+    def append(self, sample: SampleRecord) -> None:
+        """Write one line and flush it to the disk."""
+        self._lines.write(json.dumps(sample.to_json(), ensure_ascii=False) + "\n")
+        self._lines.flush()
+        os.fsync(self._lines.fileno())
+        self.samples.append(sample)
+
+    def save(self) -> None:
+        """Rewrite ``run.json`` from :attr:`record`."""
+        write_json(self.path / RUN_FILE, self.record.to_json())
+
+    def run(self) -> Run:
+        """The run as it stands."""
+        return Run(self.record, self.samples, str(self.path))
+
+
+def _drop_torn_line(path: Path) -> None:
+    """Cut a last line that a kill left without its newline."""
+    if not path.exists():
+        return
+    data = path.read_bytes()
+    if data and not data.endswith(b"\n"):
+        with path.open("r+b") as file:
+            file.truncate(data.rfind(b"\n") + 1)
+
+
+def read_run(path: Path | str) -> Run:
+    """The run in folder ``path``.
+
+    Raises:
+        DataError: The folder is missing, is no run folder, was written by a later schema, or has a broken line.
+    """
+    path = Path(path)
+    try:
+        data = json.loads((path / RUN_FILE).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise DataError(f"{path} is not a run folder: it has no {RUN_FILE}") from None
+    except (OSError, ValueError) as error:
+        raise DataError(f"cannot read {path / RUN_FILE}: {error}") from None
+    if data.get("schema", 0) > SCHEMA:
+        raise DataError(f"{path} was written by a later memprof (schema {data['schema']}); update memprof")
+    samples = []
+    file = path / SAMPLES_FILE
+    text = file.read_text(encoding="utf-8") if file.exists() else ""
+    lines = text.split("\n")
+    for number, line in enumerate(lines[:-1], start=1):  # what follows the last newline is empty, or torn by a kill
+        try:
+            samples.append(SampleRecord.from_json(json.loads(line)))
+        except (ValueError, TypeError) as error:
+            raise DataError(f"{file}, line {number}: {error}") from None
+    return Run(RunRecord.from_json(data), samples, str(path))
+
+
+def find_runs(paths: Iterable[Path | str]) -> list[Run]:
+    """The runs in ``paths``: each a run folder, or a folder that holds run folders.
+
+    Raises:
+        DataError: A path holds no run.
+    """
+    runs = []
+    for given in map(Path, paths):
+        folders = [given] if (given / RUN_FILE).exists() else sorted(p.parent for p in given.glob(f"*/{RUN_FILE}"))
+        if not folders:
+            raise DataError(f"{given} holds no run; give a folder that `memprof run -o` wrote")
+        runs += [read_run(folder) for folder in folders]
+    return runs

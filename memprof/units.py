@@ -1,0 +1,47 @@
+"""Bytes to text and back. Data are always bytes; only the screen has units."""
+
+from __future__ import annotations
+
+import re
+
+from memprof.errors import BadValue
+
+KIB, MIB, GIB = 2**10, 2**20, 2**30
+
+#: Units a user may ask for on screen, in bytes. ``GiB`` is binary, ``GB`` decimal; they are never mixed in one table.
+DISPLAY_UNITS: dict[str, int] = {"GiB": GIB, "GB": 10**9, "MiB": MIB, "MB": 10**6}
+
+_PARSE = {
+    "": 1, "b": 1,
+    "kib": KIB, "mib": MIB, "gib": GIB, "tib": 2**40,
+    "kb": 10**3, "mb": 10**6, "gb": 10**9, "tb": 10**12,
+}  # fmt: skip
+
+
+def check_unit(unit: str) -> str:
+    """Return ``unit`` if it is a display unit, else raise :class:`BadValue`."""
+    if unit not in DISPLAY_UNITS:
+        raise BadValue(f"unknown unit {unit!r}; valid: {', '.join(DISPLAY_UNITS)}")
+    return unit
+
+
+def in_unit(n_bytes: float, unit: str = "GiB") -> float:
+    """``n_bytes`` as a number of ``unit``."""
+    return n_bytes / DISPLAY_UNITS[unit]
+
+
+def format_bytes(n_bytes: float, unit: str = "GiB", digits: int = 3) -> str:
+    """``4411521024`` -> ``'4.109 GiB'``. The unit always stands beside the number."""
+    return f"{in_unit(n_bytes, unit):.{digits}f} {unit}"
+
+
+def parse_bytes(text: str) -> int:
+    """``'5.2GiB'``, ``'8 GB'``, ``'4096'`` -> bytes (int).
+
+    A bare number is bytes. ``G`` alone is refused, because it would be read both ways.
+    """
+    match = re.fullmatch(r"\s*([0-9]*\.?[0-9]+)\s*([A-Za-z]*)\s*", text)
+    scale = _PARSE.get(match.group(2).lower()) if match else None
+    if match is None or scale is None:
+        raise BadValue(f"cannot read {text!r} as a size; write for example 5GiB, 8GB or 512MiB")
+    return int(float(match.group(1)) * scale)
