@@ -202,7 +202,10 @@ class Surgery:
         if "row" in self.pruner.needs:
             self._pre(attention, attending)
         if "map" in self.pruner.needs:
-            self._post(attention, attended)
+            # The reference's loop holds a layer's map until the next layer has made its own, so every layer up to the cut
+            # is watched: that second map is part of what the method costs.
+            for before in self._layers[: stage.layer]:
+                self._post(cast(nn.Module, before.self_attn), attended)
         if "target" in self.pruner.needs:
             self._post(cast(nn.Module, layer.post_attention_layernorm), normed)
         self._post(layer, leaving, first=True)

@@ -20,7 +20,7 @@ class FastV(OneCut):
     """Top-k of the last query's attention, mean over heads, in layer ``layer - 1``.
 
     ``scores=row`` computes that one row from the cached keys beside any attention kernel; ``scores=map`` reads it off the
-    whole map of eager attention, which is kept for it, as the reference does. ``drop=mask`` hides tokens and saves nothing:
+    whole map of eager attention, as the reference does: each layer's map is held until the next layer has made its own. ``drop=mask`` hides tokens and saves nothing:
     the form FastV's first code had.
     """
 

@@ -1,0 +1,152 @@
+"""``memprof run``: model x method x task, measured or predicted, into a run folder."""
+
+from __future__ import annotations
+
+import sys
+from datetime import datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from memprof.cli import _options as opt
+
+if TYPE_CHECKING:
+    from memprof.records import Run, RunSpec
+    from memprof.runner import Progress
+
+
+def run(
+    model: opt.Model = "internvl2-2b",
+    method: opt.Methods = ["baseline"],  # noqa: B006 - typer copies it
+    task: opt.TaskName = "ai2d",
+    device: opt.Device = "auto",
+    stack: opt.StackName = "current",
+    limit: opt.Limit = None,
+    max_new_tokens: opt.NewTokens = None,
+    max_tiles: opt.MaxTiles = None,
+    warmup: Annotated[int, typer.Option("--warmup", min=0, help="Unrecorded samples first, where measuring.")] = 1,
+    data: opt.Data = "bundled",
+    weights: opt.Weights = "random",
+    dtype: opt.Dtype = None,
+    attention: Annotated[str, typer.Option("--attention", help="Attention of the language model: sdpa or eager.")] = "sdpa",
+    shard: Annotated[str | None, typer.Option("--shard", help="i/n: every n-th sample; default: torchrun's or SLURM's.")] = None,
+    seed: opt.Seed = 0,
+    output: opt.Folder = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Finish the run that is in the folder.")] = False,
+    force: Annotated[bool, typer.Option("--force", help="Replace the run that is in the folder.")] = False,
+    unit: opt.Unit = "GiB",
+    json: opt.AsJson = False,
+    quiet: opt.Quiet = False,
+    verbose: opt.Verbose = False,
+) -> None:
+    """Measure or predict where the memory goes, token by token.
+
+    Examples:
+
+    memprof run --method topv --task ai2d
+
+    memprof run --method baseline --method fastv --method topv:keep=0.25 --stack paper -o runs/paper
+
+    memprof run --model llava-1.5-7b --data my_shapes.csv --json
+    """
+    from memprof.environment import rank_shard
+    from memprof.errors import DataError, OutOfMemory
+    from memprof.families import find_model
+    from memprof.records import RunSpec
+    from memprof.runner import Bench, complete_spec
+    from memprof.runner import run as make_run
+    from memprof.tasks import TASKS
+    from memprof.units import check_unit
+
+    check_unit(unit)
+    card = find_model(model)[1]
+    shard = shard or rank_shard()
+    asked = [
+        RunSpec(
+            model=card.name, method=one, task=task, device=opt.resolve_device(device), stack=stack,
+            dtype=dtype or card.dtype, attention=attention, weights=weights, data=data,
+            max_new_tokens=TASKS.load(task).max_new_tokens if max_new_tokens is None else max_new_tokens,
+            max_tiles=max_tiles, limit=limit, shard=shard, warmup=warmup, seed=seed,
+        )
+        for one in method
+    ]  # fmt: skip
+    specs = [complete_spec(one)[0] for one in asked]  # every mistake shows before a model is built
+    paths = folders(output or _new_folder(specs[0]), specs)
+    bench = Bench(specs[0])
+    runs: list[Run] = []
+    with _watch(specs, quiet=quiet or json, verbose=verbose, unit=unit) as progress:
+        for spec, path in zip(specs, paths, strict=True):
+            runs.append(make_run(spec, path, bench=bench, resume=resume, force=force, progress=progress))
+    _print(runs, unit, as_json=json)
+    failed = [s for one in runs for s in one.samples if not s.ok]
+    if any(s.status == "oom" for s in failed):
+        raise OutOfMemory(f"{sum(s.status == 'oom' for s in failed)} samples ran out of memory; their lines say where")
+    if failed and not any(one.finished for one in runs):
+        raise DataError(f"no sample finished; the first failed with: {failed[0].error}")
+
+
+def folders(output: Path, specs: list[RunSpec]) -> list[Path]:
+    """Where each run goes: ``output`` itself for one method, else a folder in it named after the method."""
+    if len(specs) == 1:
+        paths = [output]
+    else:
+        plain = [spec.method.partition(":")[0] for spec in specs]
+        safe = [spec.method.replace(":", "_").replace(",", "_") for spec in specs]
+        paths = [output / (p if plain.count(p) == 1 else s) for p, s in zip(plain, safe, strict=True)]
+    shard = specs[0].shard
+    return [p.with_name(f"{p.name}.{shard.replace('/', 'of')}") for p in paths] if shard else paths
+
+
+def _new_folder(spec: RunSpec) -> Path:
+    """A folder of its own for a run that was given none: nothing finished is lost."""
+    stem = f"{datetime.now():%Y-%m-%d_%H-%M-%S}_{spec.model}_{spec.task}"
+    path, number = Path("runs") / stem, 2
+    while path.exists():
+        path, number = Path("runs") / f"{stem}_{number}", number + 1
+    return path
+
+
+class _watch:
+    """Live progress on stderr, and only on a terminal: samples, tokens, present and highest memory."""
+
+    def __init__(self, specs: list[RunSpec], *, quiet: bool, verbose: bool, unit: str) -> None:
+        from rich.console import Console
+        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+        self.console = Console(stderr=True)
+        self.verbose, self.unit, self.names = verbose, unit, [spec.method for spec in specs]
+        self.bar = Progress(
+            TextColumn("{task.description}"), BarColumn(bar_width=20), MofNCompleteColumn(), TextColumn("{task.fields[now]}"),
+            TimeElapsedColumn(), console=self.console, disable=quiet or not self.console.is_terminal,
+        )  # fmt: skip
+
+    def __enter__(self) -> Progress:
+        self.bar.__enter__()
+        self.rows = {name: self.bar.add_task(name.partition(":")[0], total=None, now="") for name in self.names}
+        return self._update
+
+    def __exit__(self, *error: object) -> None:
+        self.bar.__exit__(None, None, None)
+
+    def _update(self, run: Run, total: int) -> None:
+        from memprof.units import format_bytes
+
+        last = run.samples[-1]
+        top = run.highest
+        tokens = sum(len(s.tokens) for s in run.finished)
+        present = f"{format_bytes(last.peak_allocated_bytes, self.unit, 2)}" if last.ok else last.status
+        highest = format_bytes(top.peak_allocated_bytes, self.unit, 2) if top else "-"
+        self.bar.update(
+            self.rows[run.record.spec.method], total=total, completed=len(run.samples),
+            now=f"{tokens} tokens, {present}, highest {highest}",
+        )  # fmt: skip
+        if self.verbose:
+            self.console.print(f"{run.record.spec.method} {last.id}: {last.error or present}", highlight=False)
+
+
+def _print(runs: list[Run], unit: str, *, as_json: bool) -> None:
+    """The result on stdout: a table, or one JSON document."""
+    from memprof.reports import render
+
+    sys.stdout.write(render("json" if as_json else "table", runs, unit))

@@ -1,0 +1,60 @@
+"""Where a run happened: versions, device, settings. Everything is read, nothing is changed."""
+
+from __future__ import annotations
+
+import os
+import platform
+import subprocess
+from functools import cache
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from memprof import __version__
+
+#: Packages whose version can move a byte.
+PACKAGES = ("torch", "transformers", "numpy", "pillow", "nvidia-ml-py")
+#: Settings of the caching allocator, in the order PyTorch reads them.
+ALLOCATOR_SETTINGS = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_NO_CUDA_MEMORY_CACHING")
+
+
+def package_version(name: str) -> str | None:
+    """Installed version of a distribution, or None."""
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return None
+
+
+@cache
+def git_commit() -> str | None:
+    """Commit of the checkout memprof runs from, with ``+`` if files are changed; None outside a checkout."""
+    folder = Path(__file__).parent
+    try:
+        commit = subprocess.run(
+            ["git", "describe", "--always", "--dirty=+", "--abbrev=12"],
+            cwd=folder, capture_output=True, text=True, timeout=10, check=True,
+        )  # fmt: skip
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return commit.stdout.strip() or None
+
+
+def environment() -> dict[str, Any]:
+    """Versions, host and allocator settings, as they go into ``run.json``."""
+    return {
+        "memprof": __version__,
+        "git_commit": git_commit(),
+        "python": platform.python_version(),
+        "platform": f"{platform.system()} {platform.machine()}",
+        "packages": {name: found for name in PACKAGES if (found := package_version(name))},
+        "allocator_settings": {name: os.environ[name] for name in ALLOCATOR_SETTINGS if name in os.environ},
+    }
+
+
+def rank_shard() -> str | None:
+    """``i/n`` from torchrun's or SLURM's variables, 1-based; None where neither runs more than one process."""
+    for rank, world in (("RANK", "WORLD_SIZE"), ("SLURM_PROCID", "SLURM_NTASKS")):
+        if rank in os.environ and int(os.environ.get(world, "1")) > 1:
+            return f"{int(os.environ[rank]) + 1}/{int(os.environ[world])}"
+    return None

@@ -1,0 +1,41 @@
+"""Markdown for a pull request: the table of each task, and what its peaks are made of."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+
+from memprof.records import Run
+from memprof.reports.rows import sheets
+
+
+def render(runs: Sequence[Run], unit: str = "GiB") -> str:
+    """A heading, two tables and a line of origin for each group of ``runs``."""
+    blocks = []
+    for sheet in sheets(runs, unit):
+        lines = [f"### {escape(sheet.title)}", "", *table(sheet.head, sheet.rows), ""]
+        lines += ["What makes up each dynamic peak:", "", *table(sheet.parts_head, sheet.parts), ""]
+        lines += [f"- {escape(line)}" for line in sheet.remarks] + [""] * bool(sheet.remarks)
+        lines += [f"<sub>{escape(sheet.origin)}</sub>"]
+        blocks.append("\n".join(lines) + "\n")
+    return "\n".join(blocks)
+
+
+def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+    """A table: words to the left, numbers to the right, one width a column so that it reads as plain text too."""
+    cells = [[escape(cell) for cell in row] for row in (head, *rows)]
+    widths = [max(3, *map(len, column)) for column in zip(*cells, strict=True)]
+    left = [name in ("method", "status") for name in head]
+    rule = ["-" * width if first else "-" * (width - 1) + ":" for width, first in zip(widths, left, strict=True)]
+
+    def line(row: Sequence[str]) -> str:
+        padded = (c.ljust(w) if first else c.rjust(w) for c, w, first in zip(row, widths, left, strict=True))
+        return f"| {' | '.join(padded)} |"
+
+    return [line(cells[0]), line(rule), *map(line, cells[1:])]
+
+
+def escape(text: str) -> str:
+    """Text that Markdown and the HTML in it leave alone."""
+    safe = text.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
+    return re.sub(r"([\\`*_\[\]|#!~@])", r"\\\1", safe)

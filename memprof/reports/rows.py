@@ -1,0 +1,109 @@
+"""The rows that tables show, as text: one a run, those that may be compared together."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+from memprof.figures import facts
+from memprof.figures.palette import PART_LABELS
+from memprof.records import PARTS, Run, summarize
+from memprof.units import in_unit
+
+MISSING = "-"
+DIGITS = {"GiB": 3, "GB": 3, "MiB": 1, "MB": 1}
+
+
+@dataclass(frozen=True)
+class Sheet:
+    """Runs that are compared, as text.
+
+    Attributes:
+        title: Model, data, samples, stack.
+        head: The columns' names; the first is the method.
+        rows: A row a run.
+        parts_head: The columns' names of the parts' table.
+        parts: The parts' table, of the same shape: dynamic bytes at the highest instant.
+        remarks: A line for each failed sample, and each note of a run.
+        origin: Where the numbers come from.
+        runs: The runs, a row each.
+    """
+
+    title: str
+    head: list[str]
+    rows: list[list[str]]
+    parts_head: list[str]
+    parts: list[list[str]]
+    remarks: list[str]
+    origin: str
+    runs: list[Run]
+
+
+def plain(text: str, most: int = 200) -> str:
+    """Text of a data set made safe for a line: no control characters, no line breaks, not endless."""
+    line = "".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in text)
+    return line if len(line) <= most else line[: most - 1] + "…"
+
+
+def number(n_bytes: int | None, unit: str) -> str:
+    """Bytes as a number of ``unit``, whose name stands in the title."""
+    return MISSING if n_bytes is None else f"{in_unit(n_bytes, unit):.{DIGITS[unit]}f}"
+
+
+def percent(share: float | None) -> str:
+    """``0.456`` -> ``'45.6 %'``."""
+    return MISSING if share is None else f"{100 * share:.1f} %".replace("-", "−")
+
+
+def sheets(runs: Sequence[Run], unit: str) -> Iterator[Sheet]:
+    """A sheet for every group of runs that may be compared."""
+    for group in facts.groups(runs):
+        yield _sheet(group, unit)
+
+
+def _sheet(group: list[Run], unit: str) -> Sheet:
+    names, totals = facts.labels(group), [summarize(run) for run in group]
+    head = ["method", "keep/pruned", "static", "dynamic peak", "saved", "KV cache", "reserved", "FLOPs cut", "status"]
+    rows = [
+        [
+            name, facts.keep_text(run), number(run.record.static_bytes, unit), number(total["dynamic_peak_bytes"], unit),
+            percent(facts.saving(run, group)), number(total["kv_cache_bytes"], unit),
+            number(total["peak_reserved_bytes"], unit), percent(total["visual_flops_cut"]), run.record.status,
+        ]
+        for name, run, total in zip(names, group, totals, strict=True)
+    ]  # fmt: skip
+    if any(total["accuracy"] is not None for total in totals):
+        head.insert(-1, "score")
+        for row, total in zip(rows, totals, strict=True):
+            row.insert(-1, percent(total["accuracy"]))
+    held = [p for p in PARTS if any(total["parts"] and total["parts"][p] for total in totals)]
+    parts = [
+        [name, *(number(total["parts"][p] if total["parts"] else None, unit) for p in held),
+         number(total["dynamic_peak_bytes"], unit)]
+        for name, total in zip(names, totals, strict=True)
+    ]  # fmt: skip
+    origin = facts.provenance(group)
+    phrases = facts.provenance_lines(origin)
+    many = len(origin["methods"])
+    return Sheet(
+        title=f"{origin['model']} on {phrases[1 + many]}, stack {origin['stack']}, {origin['status']} ({unit})",
+        head=head,
+        rows=rows,
+        parts_head=["method", *(PART_LABELS[p] for p in held), "dynamic peak"],
+        parts=parts,
+        remarks=_remarks(group, names),
+        origin=" · ".join([*origin["methods"], *phrases[3 + many :]]),
+        runs=group,
+    )
+
+
+def _remarks(group: Sequence[Run], names: Sequence[str]) -> list[str]:
+    """Failed samples, each with the methods that it failed under, then the runs' notes."""
+    failed: dict[str, list[str]] = {}
+    for name, run in zip(names, group, strict=True):
+        for sample in run.samples:
+            if not sample.ok:
+                reason = plain(sample.error or "no reason recorded")
+                failed.setdefault(f"sample {plain(sample.id, 60)} {sample.status}: {reason}", []).append(name)
+    notes = dict.fromkeys(plain(note) for run in group for note in run.record.notes)
+    return [f"{text} ({', '.join(under)})" for text, under in failed.items()] + list(notes)

@@ -1,0 +1,402 @@
+"""Readers of the forms in which samples come. Each gives rows, and a row's picture only when it is asked for.
+
+=================  =============================================================================================
+form               columns
+=================  =============================================================================================
+bundled            ``<task>.json`` beside this file, written by ``scripts/make_bundled.py``
+hub, ``.parquet``  those of the hub's data set; ``image`` is a struct with ``bytes``, or bytes
+``.tsv``           VLMEvalKit's: ``index, image`` (base64, or the index of the row that has it) and the task's own
+``.jsonl``         ``image`` (a path, relative to the file) and the task's own; ``id`` optional
+``.csv``           shapes only: ``width, height, text_tokens``; ``id`` optional
+=================  =============================================================================================
+
+``datasets`` and ``pyarrow`` are imported inside the functions that need them.
+"""
+
+from __future__ import annotations
+
+import base64
+import bisect
+import contextlib
+import csv
+import functools
+import importlib
+import itertools
+import json
+import os
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar, overload
+
+from memprof.errors import DataError
+from memprof.tasks._pictures import Drawn, Encoded, Picture
+
+T = TypeVar("T")
+
+SHAPE_COLUMNS = ("width", "height", "text_tokens")
+#: VLMEvalKit: an image field of at most this many characters is the index of the row that holds the image.
+_REFERENCE_CHARS = 64
+_IMAGE = "image"
+
+
+@dataclass(frozen=True)
+class Row:
+    """One row: its columns (the image apart), its picture, and how messages name it."""
+
+    id: str
+    values: Mapping[str, Any]
+    picture: Picture
+    where: str
+
+
+class Lazy(Sequence[T]):
+    """A sequence of ``count`` items, each made when it is indexed and never kept."""
+
+    def __init__(self, count: int, make: Callable[[int], T]) -> None:
+        self._count, self._make = count, make
+
+    def __len__(self) -> int:
+        return self._count
+
+    @overload
+    def __getitem__(self, index: int) -> T: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[T]: ...
+    def __getitem__(self, index: int | slice) -> T | list[T]:
+        at = range(self._count)[index]
+        return [self._make(i) for i in at] if isinstance(at, range) else self._make(at)
+
+
+def read_path(path: Path, limit: int | None) -> Sequence[Row]:
+    """The rows of a file or folder, told by its suffix.
+
+    Raises:
+        DataError: Nothing is there, the form is unknown, or the file is broken.
+    """
+    if not path.exists():
+        raise DataError(f"no file or folder {str(path)!r}; --data takes bundled, hub, or a path")
+    if path.is_dir():
+        lists = sorted(path.glob("*.jsonl"))
+        if len(lists) == 1:
+            return read_jsonl(lists[0], limit)
+        if lists:
+            raise DataError(f"{path} holds {len(lists)} .jsonl files; name the one to read")
+        shards = sorted(path.glob("*.parquet"))
+        if shards:
+            return read_parquet(shards, limit)
+        raise DataError(f"{path} holds no .jsonl and no .parquet file")
+    readers: dict[str, Callable[[Path, int | None], Sequence[Row]]] = {
+        ".tsv": read_tsv,
+        ".jsonl": read_jsonl,
+        ".parquet": lambda file, limit: read_parquet([file], limit),
+        ".csv": read_shapes,
+    }
+    reader = readers.get(path.suffix.lower())
+    if reader is None:
+        raise DataError(f"cannot read {path.name}: --data takes {', '.join(readers)}, or a folder with a .jsonl")
+    return reader(path, limit)
+
+
+# ---------------------------------------------------------------------------------------------------- bundled
+
+
+@functools.cache
+def bundled(name: str) -> Mapping[str, Any]:
+    """The bundled file of task ``name``: ``title``, ``facts``, ``samples``."""
+    data: Mapping[str, Any] = json.loads((Path(__file__).parent / f"{name}.json").read_text(encoding="utf-8"))
+    return data
+
+
+def read_bundled(name: str, limit: int | None) -> Sequence[Row]:
+    """Questions of memprof's own about pictures it draws, at real shapes."""
+    samples = bundled(name)["samples"][:limit]
+    return [
+        Row(s["id"], s, Drawn(s["width"], s["height"], s["id"], s["scene"]), f"bundled {name}, {s['id']}")
+        for s in samples
+    ]
+
+
+# ----------------------------------------------------------------------------------------------------- shapes
+
+
+def read_shapes(path: Path, limit: int | None) -> Sequence[Row]:
+    """Shapes from a CSV; the picture of each is drawn at its size.
+
+    Raises:
+        DataError: The file or a line is broken; the message names the line.
+    """
+    rows: list[Row] = []
+    with _text(path) as file:
+        reader = csv.reader(file)
+        header = [name.strip().lower() for name in next(_lines(reader, path), [])]
+        _need_columns(path, header, SHAPE_COLUMNS)
+        for fields in itertools.islice(_lines(reader, path), limit):
+            where = f"{path.name}, line {reader.line_num}"
+            if len(fields) != len(header):
+                raise DataError(f"{where}: {len(fields)} fields, but the header has {len(header)}")
+            values = dict(zip(header, (f.strip() for f in fields), strict=True))
+            width, height = (_whole(values, name, where, least=1) for name in ("width", "height"))
+            tokens = _whole(values, "text_tokens", where, least=0)
+            sample_id = values.get("id") or f"{len(rows):05d}"
+            rows.append(Row(sample_id, {"text_tokens": tokens}, Drawn(width, height, sample_id), where))
+    return _checked(path, rows)
+
+
+def _whole(values: Mapping[str, str], name: str, where: str, least: int) -> int:
+    try:
+        number = int(values[name])
+    except ValueError:
+        number = least - 1
+    if number < least:
+        raise DataError(f"{where}: {name} is not a {'positive integer' if least else 'whole number of at least 0'}")
+    return number
+
+
+# --------------------------------------------------------------------------------------------------------- TSV
+
+
+def read_tsv(path: Path, limit: int | None) -> Sequence[Row]:
+    """A VLMEvalKit TSV. Only the places of the images are kept; an image is read from the file when asked for.
+
+    Raises:
+        DataError: The file has no usable header, or a line is broken.
+    """
+    starts: dict[str, int] = {}  # index -> where in the file its record starts, in bytes
+    found: list[tuple[str, dict[str, str], str]] = []
+    with path.open("rb") as file, _huge_fields():
+        counted = _Counted(file, path)
+        reader = csv.reader(counted, delimiter="\t")
+        header = next(_lines(reader, path), [])
+        _need_columns(path, header, ("index", _IMAGE))
+        start = counted.bytes
+        for fields in itertools.islice(_lines(reader, path), limit):
+            where = f"{path.name}, line {reader.line_num}"
+            if len(fields) != len(header):
+                raise DataError(f"{where}: {len(fields)} fields, but the header has {len(header)}")
+            values = dict(zip(header, fields, strict=True))
+            image = values.pop(_IMAGE)
+            sample_id = values["index"]
+            holder = image if len(image) <= _REFERENCE_CHARS else sample_id
+            found.append((sample_id, {k: v for k, v in values.items() if v}, holder))
+            starts[sample_id] = start
+            start = counted.bytes
+
+    column = header.index(_IMAGE)
+
+    def encoded(holder: str) -> bytes:
+        if holder not in starts:
+            raise ValueError(f"the field is {holder!r}, neither base64 nor the index of a row read")
+        with path.open("rb") as file, _huge_fields():
+            file.seek(starts[holder])
+            text = next(csv.reader(_Counted(file, path), delimiter="\t"))[column]
+        return base64.b64decode(text, validate=True)
+
+    def row(sample_id: str, values: dict[str, str], holder: str) -> Row:
+        where = f"{path.name}, index {sample_id}"
+        return Row(sample_id, values, Encoded(functools.partial(encoded, holder), where), where)
+
+    return _checked(path, [row(*fields) for fields in found])
+
+
+class _Counted:
+    """Lines of a binary file as text, counting the bytes handed out (``csv`` never reads ahead of its record)."""
+
+    def __init__(self, file: Any, path: Path) -> None:
+        self._file, self._path, self.bytes = file, path, 0
+
+    def __iter__(self) -> Iterator[str]:
+        for line in self._file:
+            encoding = "utf-8-sig" if self.bytes == 0 else "utf-8"
+            self.bytes += len(line)
+            try:
+                yield line.decode(encoding)
+            except UnicodeDecodeError:
+                raise DataError(f"{self._path.name} is not UTF-8 text") from None
+
+
+@contextlib.contextmanager
+def _huge_fields() -> Iterator[None]:
+    """Lift ``csv``'s limit of 128 KiB a field, which a base64 image passes, and put it back."""
+    before = csv.field_size_limit(sys.maxsize)
+    try:
+        yield
+    finally:
+        csv.field_size_limit(before)
+
+
+# ------------------------------------------------------------------------------------------------------- JSONL
+
+
+def read_jsonl(path: Path, limit: int | None) -> Sequence[Row]:
+    """A folder of images listed in a JSONL, one object a line.
+
+    Raises:
+        DataError: A line is no JSON object, or names no image.
+    """
+    rows: list[Row] = []
+    with _text(path) as file:
+        for number, line in enumerate(file, start=1):
+            if not line.strip():
+                continue
+            if len(rows) == limit:
+                break
+            where = f"{path.name}, line {number}"
+            try:
+                values = json.loads(line)
+            except ValueError as error:
+                raise DataError(f"{where}: not JSON: {error}") from None
+            if not isinstance(values, dict) or not isinstance(values.get(_IMAGE), str):
+                raise DataError(f"{where}: not an object with an 'image' that is a path")
+            image = path.parent / values[_IMAGE]
+            sample_id = str(values.get("id", f"{len(rows):05d}"))
+            rows.append(Row(sample_id, values, Encoded(image.read_bytes, f"{where} ({values[_IMAGE]})"), where))
+    return _checked(path, rows)
+
+
+# ------------------------------------------------------------------------------------------- parquet and the hub
+
+
+def read_parquet(paths: Sequence[Path], limit: int | None) -> Sequence[Row]:
+    """Shards in the hub's layout, in the order given; a row group's images are read when one of them is asked for.
+
+    Raises:
+        DataError: ``pyarrow`` is not installed, or a file is no parquet with an ``image`` column.
+    """
+    parquet = _optional("pyarrow.parquet", f"reading {paths[0].name}")
+    files: list[Any] = []
+    table: list[dict[str, Any]] = []
+    groups: list[tuple[int, int]] = []  # (file, row group)
+    begins: list[int] = []  # first row of each
+    for number, path in enumerate(paths):
+        try:
+            file = parquet.ParquetFile(path)
+            columns = [c for c in file.schema_arrow.names if c != _IMAGE]
+            _need_columns(path, file.schema_arrow.names, (_IMAGE,))
+            count = sum(file.metadata.row_group(g).num_rows for g in range(file.num_row_groups))
+            for group in range(file.num_row_groups):
+                groups.append((number, group))
+                begins.append(len(table) + sum(file.metadata.row_group(g).num_rows for g in range(group)))
+            # a file of images alone has no other column to count rows by
+            table += file.read(columns=columns).to_pylist() if columns else [{}] * count
+        except DataError:
+            raise
+        except Exception as error:
+            raise DataError(f"cannot read {path.name}: {error}".splitlines()[0]) from None
+        files.append(file)
+
+    @functools.lru_cache(maxsize=1)
+    def images(at: int) -> list[Any]:
+        number, group = groups[at]
+        read: list[Any] = files[number].read_row_group(group, columns=[_IMAGE]).column(0).to_pylist()
+        return read
+
+    def encoded(index: int) -> bytes:
+        at = bisect.bisect_right(begins, index) - 1
+        return _image_bytes(images(at)[index - begins[at]])
+
+    name = paths[0].name if len(paths) == 1 else paths[0].parent.name
+
+    def row(index: int) -> Row:
+        where = f"{name}, row {index}"
+        return Row(f"{index:05d}", table[index], Encoded(functools.partial(encoded, index), where), where)
+
+    if not table:
+        raise DataError(f"{name} holds no samples")
+    return Lazy(len(table[:limit]), row)
+
+
+def read_hub(repo: str, split: str, limit: int | None) -> Sequence[Row]:
+    """A data set of the hub through ``datasets``: its cache (``HF_HOME``) is used, ``HF_HUB_OFFLINE`` is honoured.
+
+    Raises:
+        DataError: ``datasets`` is not installed, or the data set is neither in the cache nor reachable.
+    """
+    datasets = _optional("datasets", f"--data hub ({repo})")
+    if not sys.stderr.isatty():
+        datasets.disable_progress_bars()
+    try:
+        data = datasets.load_dataset(repo, split=split)
+        data = data.cast_column(_IMAGE, datasets.Image(decode=False))
+    except Exception as error:  # many types, by version and by what is missing
+        why = "HF_HUB_OFFLINE is set and the cache gave no copy" if _offline() else f"{type(error).__name__}: {error}"
+        why = why.splitlines()[0][:200]
+        remedy = "run once with a network, or use --data bundled or a path"
+        raise DataError(f"cannot load {repo} ({why}); {remedy}") from None
+
+    def row(index: int) -> Row:
+        values = dict(data[index])
+        image = values.pop(_IMAGE)
+        where = f"{repo} {split}, row {index}"
+        return Row(f"{index:05d}", values, Encoded(lambda: _image_bytes(image), where), where)
+
+    return Lazy(len(data) if limit is None else min(limit, len(data)), row)
+
+
+def _offline() -> bool:
+    return os.environ.get("HF_HUB_OFFLINE", "").upper() in {"1", "ON", "YES", "TRUE"}
+
+
+def _image_bytes(value: Any) -> bytes:
+    """The encoded bytes in a cell of the hub's layout: ``{"bytes", "path"}`` or bytes."""
+    if isinstance(value, Mapping):
+        if value.get("bytes") is None and value.get("path"):
+            return Path(value["path"]).read_bytes()
+        value = value.get("bytes")
+    if not isinstance(value, bytes):
+        raise ValueError("the row has no image bytes")
+    return value
+
+
+def _optional(module: str, what: str) -> Any:
+    try:
+        return importlib.import_module(module)
+    except ImportError:
+        name = module.partition(".")[0]
+        raise DataError(f"{what} needs {name}: pip install memprof-vlm[hub]") from None
+
+
+# ------------------------------------------------------------------------------------------------------ shared
+
+
+@contextlib.contextmanager
+def _text(path: Path) -> Iterator[Iterator[str]]:
+    """The lines of a UTF-8 file, with or without a byte order mark."""
+    try:
+        with path.open(encoding="utf-8-sig", newline="") as file:
+            yield file
+    except UnicodeDecodeError:
+        raise DataError(f"{path.name} is not UTF-8 text") from None
+    except OSError as error:
+        raise DataError(f"cannot read {path}: {error.strerror}") from None
+
+
+def _lines(reader: Any, path: Path) -> Iterator[list[str]]:
+    """The records of a ``csv`` reader, empty lines left out."""
+    try:
+        for fields in reader:
+            if any(f.strip() for f in fields):
+                yield fields
+    except csv.Error as error:
+        raise DataError(f"{path.name}, line {reader.line_num}: {error}") from None
+
+
+def _need_columns(path: Path, header: Sequence[str], needed: Sequence[str]) -> None:
+    if not header:
+        raise DataError(f"{path.name} is empty; its first line must name the columns {', '.join(needed)}")
+    missing = [name for name in needed if name not in header]
+    if missing:
+        raise DataError(f"{path.name}, line 1: no column {', '.join(missing)}; it has {', '.join(header)}")
+
+
+def _checked(path: Path, rows: list[Row]) -> list[Row]:
+    """``rows``, if there are any and no id stands twice."""
+    if not rows:
+        raise DataError(f"{path.name} holds no samples")
+    seen: set[str] = set()
+    for row in rows:
+        if row.id in seen:
+            raise DataError(f"{row.where}: id {row.id!r} stands twice")
+        seen.add(row.id)
+    return rows
