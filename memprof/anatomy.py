@@ -1,9 +1,10 @@
-"""Where things are in a transformers vision-language model: found by structure, so that any such model can be profiled."""
+"""Where things are in a transformers vision-language model, found by structure: any such model can be profiled."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 from torch import nn
 
@@ -41,16 +42,20 @@ class Anatomy:
         return "attention" if leaf in _ATTENTION else "mlp" if leaf in _MLP else "other"
 
     def scoped(self, model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-        """The modules whose allocations are told apart: vision as a whole and by block, each decoder layer, its attention,
-        MLP and norms, and the head.
+        """The modules whose allocations are told apart.
+
+        They are vision as a whole and its blocks' attention and MLP, each decoder layer and its children, and the head.
         """
-        layers = tuple(name for name, _ in self.layers)
+        layers = {name for name, _ in self.layers}
+        vision = {name for name, _ in self.vision}
         for name, module in model.named_modules():
-            in_vision = any(name == v or name.startswith(v + ".") for v, _ in self.vision)
-            leaf = name.rpartition(".")[2]
-            if in_vision and (leaf in _ATTENTION or leaf in _MLP or any(name == v for v, _ in self.vision)):
-                yield name, module
-            elif name == self.head[0] or name in layers or name.rpartition(".")[0] in layers:
+            above, _, leaf = name.rpartition(".")
+            in_vision = any(name.startswith(v + ".") for v in vision)
+            if in_vision:
+                wanted = leaf in _ATTENTION or leaf in _MLP
+            else:
+                wanted = name in layers or above in layers or name in vision or name == self.head[0]
+            if wanted:
                 yield name, module
 
     def weight_group(self, name: str) -> str:
@@ -61,7 +66,7 @@ class Anatomy:
         return "vision" if any(name.startswith(v + ".") for v, _ in self.vision) else "language"
 
 
-def anatomy(model: nn.Module) -> Anatomy:
+def anatomy(model: Any) -> Anatomy:
     """Find the parts of ``model``.
 
     Raises:

@@ -35,8 +35,8 @@ class Profiler:
 
     Args:
         model: A transformers model with a decoder and, if it sees, a vision tower.
-        meter: Where bytes come from; by default the one that serves ``model`` (:func:`memprof.meters.meter_for`). A meter
-            can be used for one window after another.
+        meter: Where bytes come from; by default the one that serves ``model`` (:func:`memprof.meters.meter_for`). A
+            meter can be used for one window after another.
 
     Attributes:
         reading: What the meter read, once the window has ended.

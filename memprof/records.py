@@ -158,8 +158,8 @@ class SampleRecord(_Record):
 class RunSpec(_Record):
     """What was asked for: two runs with equal specs are the same experiment.
 
-    ``method`` is a canonical spec string; ``data`` is ``bundled``, ``hub`` or a path; ``weights`` is ``random``, ``hub``
-    or a path; ``max_tiles`` is None for the model's own.
+    ``method`` is a canonical spec string; ``data`` is ``bundled``, ``hub`` or a path; ``weights`` is ``random``,
+    ``hub`` or a path; ``max_tiles`` is None for the model's own.
     """
 
     model: str

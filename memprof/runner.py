@@ -1,9 +1,10 @@
-"""model x method x task -> run folder. The one way a run is made, whichever device and whichever command asks for it."""
+"""model x method x task -> run folder: the one way a run is made, whichever device and command asks for it."""
 
 from __future__ import annotations
 
 import dataclasses
 import gc
+import zlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -48,7 +49,8 @@ def make_prompt(
 ) -> Prompt:
     """A prompt of the sizes in ``shape``.
 
-    Without ``ids`` its text is random: bytes follow from lengths alone. Without ``image`` only the shape of its pixels is known.
+    Without ``ids`` its text is random: bytes follow from lengths alone. Without ``image`` only the shape of its
+    pixels is known.
     """
     token = family.image_token(card)
     if ids is None:
@@ -116,7 +118,7 @@ def profile_prompt(
 
 
 class Bench:
-    """A model on a device, kept from one method to the next; rebuilt only when something its bytes depend on changes."""
+    """A model on a device, kept from one method to the next and rebuilt only when its bytes would change."""
 
     def __init__(self, spec: RunSpec) -> None:
         METERS.load(spec.device).check()
@@ -162,7 +164,7 @@ def release(device: str) -> None:
 
 
 def complete_spec(spec: RunSpec) -> tuple[RunSpec, Pruner, Task]:
-    """Check ``spec`` and write its method as a canonical spec string; everything wrong with it shows here, before a model.
+    """Check ``spec`` before any model is built, and write its method as a canonical spec string.
 
     Raises:
         UsageError: An unknown name, or a value outside its range.
@@ -245,7 +247,9 @@ def _profile_sample(bench: Bench, spec: RunSpec, pruner: Pruner, task: Task, sam
             sample.image()  # says what is broken
         tokens = sample.text_tokens
         if tokens is None:
-            raise BadValue("its question has no token count, and random weights bring no tokenizer; use --data FILE.csv")
+            raise BadValue(
+                "its question has no token count, and random weights bring no tokenizer; use --data FILE.csv"
+            )
         shape = bench.family.shape(bench.card, sample.width, sample.height, tokens, spec.max_tiles)
         record.tiles, record.visual_tokens, record.text_tokens = shape.tiles, shape.visual_tokens, shape.text_tokens
         release(spec.device)
@@ -260,7 +264,7 @@ def _profile_sample(bench: Bench, spec: RunSpec, pruner: Pruner, task: Task, sam
 
 def _seed(spec: RunSpec, sample: Sample) -> int:
     """A seed of the sample's own, the same on every machine."""
-    return spec.seed + sum(ord(c) * 31**i for i, c in enumerate(sample.id)) % 2**31
+    return spec.seed + zlib.crc32(sample.id.encode())
 
 
 def _warm_up(bench: Bench, spec: RunSpec, pruner: Pruner, sample: Sample) -> None:
@@ -289,7 +293,9 @@ def _finish(folder: RunFolder, card: Card, task: Task, expected: int) -> None:
     """Write the totals."""
     done = folder.run().finished
     cuts = [
-        visual_flops_cut(s.kept_visual_tokens, s.visual_tokens, card.text["hidden_size"], card.text["intermediate_size"])
+        visual_flops_cut(
+            s.kept_visual_tokens, s.visual_tokens, card.text["hidden_size"], card.text["intermediate_size"]
+        )
         for s in done
     ]
     folder.record.visual_flops_cut = sum(cuts) / len(cuts) if cuts else None

@@ -19,9 +19,10 @@ from memprof.records import STACKS
 class Stack:
     """Runs ``model`` as ``name`` says while it is entered; by hooks, all taken back at the end.
 
-    ``current`` changes nothing: logits of the last position only. ``paper`` computes logits of ALL positions and makes an fp32
-    copy of them, as ``InternLM2ForCausalLM.forward`` and ``LlamaForCausalLM.forward`` did in the reference codes
-    (``logits = self.output(hidden_states); logits = logits.float()``); both really happen, on every device.
+    ``current`` changes nothing: logits of the last position only. ``paper`` computes logits of ALL positions and
+    makes an fp32 copy of them, as ``InternLM2ForCausalLM.forward`` and ``LlamaForCausalLM.forward`` did in the
+    reference codes (``logits = self.output(hidden_states); logits = logits.float()``); both really happen, on every
+    device.
     """
 
     def __init__(self, model: nn.Module, name: str) -> None:

@@ -1,7 +1,7 @@
 """The run folder: ``run.json`` and ``samples.jsonl``, one flushed line a finished sample.
 
-Nothing finished is ever lost: a killed run keeps every line but a torn last one, and resuming it ends with the same bytes
-an unbroken run writes. This module never imports torch.
+Nothing finished is ever lost: a killed run keeps every line but a torn last one, and resuming it ends with the same
+bytes an unbroken run writes. This module never imports torch.
 """
 
 from __future__ import annotations

@@ -14,7 +14,7 @@ import re
 from bisect import bisect_left, bisect_right, insort
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -246,6 +246,16 @@ def rewind(recording: Recording) -> Start:
     span_starts, live_starts = sorted(spans), sorted(live)
 
     def add_span(address: int, span: Span) -> None:
+        """Put memory into the map; neighbouring pages of one expandable segment become one span."""
+        i = bisect_left(span_starts, address)
+        if span.expandable:
+            for neighbour in span_starts[max(i - 1, 0) : i + 1]:
+                other = spans[neighbour]
+                touches = address in (neighbour + other.size, neighbour - span.size)
+                if touches and (other.lane, other.small, other.expandable) == (span.lane, span.small, True):
+                    span_starts.remove(neighbour)
+                    del spans[neighbour]
+                    address, span = min(address, neighbour), replace(span, size=span.size + other.size)
         spans[address] = span
         insort(span_starts, address)
 
@@ -257,10 +267,9 @@ def rewind(recording: Recording) -> Start:
         first = span_starts.pop(i)
         span = spans.pop(first)
         if first < address:
-            add_span(first, Span(address - first, span.lane, span.small, span.expandable))
+            add_span(first, replace(span, size=address - first))
         if address + size < first + span.size:
-            rest = first + span.size - address - size
-            add_span(address + size, Span(rest, span.lane, span.small, span.expandable))
+            add_span(address + size, replace(span, size=first + span.size - address - size))
 
     def block_size(address: int, requested: int) -> int:
         want = settings.round_size(requested)
@@ -383,7 +392,9 @@ class _Player:
                 self.allocated -= held.pop(address, (0, 0))[0]
             elif action == FREE_COMPLETED:
                 self.allocated -= held.pop(address, (0, 0))[0]
-                allocator.free(at.pop(address, 0))
+                chosen = at.pop(address, 0)
+                if allocator.size_of(chosen):  # a recording may lack the allocation
+                    allocator.free(chosen)
             elif action in (SEGMENT_ALLOC, SEGMENT_MAP):
                 self.segments_total += 1
                 self._count(size)

@@ -1,7 +1,7 @@
 """The command line: one file per command, found by its name, and the one place where errors become exit codes.
 
-A command's file ``memprof/cli/NAME.py`` defines a function ``NAME``. It imports what is heavy inside that function, so that
-help loads nothing.
+A command's file ``memprof/cli/NAME.py`` defines a function ``NAME``. It imports what is heavy inside that function,
+so that help loads nothing.
 """
 
 from __future__ import annotations

@@ -12,13 +12,17 @@ Methods = Annotated[
     list[str], typer.Option("--method", help="Pruning method, as topv or topv:keep=0.25,layer=3. Repeat to compare.")
 ]
 TaskName = Annotated[str, typer.Option("--task", help="Task: ai2d, ocrbench, folder.")]
-Device = Annotated[str, typer.Option("--device", help="auto, cuda, sim or cpu; auto: cuda where there is one, else sim.")]
+Device = Annotated[
+    str, typer.Option("--device", help="auto, cuda, sim or cpu; auto: cuda where there is one, else sim.")
+]
 StackName = Annotated[
     str, typer.Option("--stack", help="current: as transformers runs today; paper: fp32 logits of all positions.")
 ]
 Limit = Annotated[int | None, typer.Option("--limit", help="First N samples only.")]
 NewTokens = Annotated[int | None, typer.Option("--max-new-tokens", help="Tokens to make; default: the task's.")]
-MaxTiles = Annotated[int | None, typer.Option("--max-tiles", help="Most tiles an image is cut into; default: the model's.")]
+MaxTiles = Annotated[
+    int | None, typer.Option("--max-tiles", help="Most tiles an image is cut into; default: the model's.")
+]
 Data = Annotated[str, typer.Option("--data", help="bundled, hub, or a file: .csv of shapes, .tsv, .parquet, a folder.")]
 Weights = Annotated[str, typer.Option("--weights", help="random, hub, or the path of a checkpoint.")]
 Dtype = Annotated[str | None, typer.Option("--dtype", help="bfloat16, float16 or float32; default: as published.")]
@@ -27,7 +31,9 @@ Unit = Annotated[str, typer.Option("--unit", help="GiB, GB, MiB or MB.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON document and nothing else.")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress.")]
 Verbose = Annotated[bool, typer.Option("--verbose", "-v", help="One line a finished sample on stderr.")]
-Folder = Annotated[Path | None, typer.Option("--output", "-o", help="Run folder; with several methods, one in it each.")]
+Folder = Annotated[
+    Path | None, typer.Option("--output", "-o", help="Run folder; with several methods, one in it each.")
+]
 
 
 def resolve_device(name: str) -> str:

@@ -11,7 +11,6 @@ def doctor(json: opt.AsJson = False) -> None:
     """Check this machine: versions, devices, optional parts, allocator settings.
 
     Examples:
-
     memprof doctor
 
     memprof doctor --json
@@ -38,7 +37,9 @@ def doctor(json: opt.AsJson = False) -> None:
     if json:
         import json as _json
 
-        typer.echo(_json.dumps({"schema": 1, "environment": environment(), "devices": devices, "optional": parts}, indent=1))
+        typer.echo(
+            _json.dumps({"schema": 1, "environment": environment(), "devices": devices, "optional": parts}, indent=1)
+        )
         return
     from rich.console import Console
     from rich.markup import escape

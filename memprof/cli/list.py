@@ -4,21 +4,23 @@ from __future__ import annotations
 
 import dataclasses
 import importlib.util
+from collections.abc import Sequence
 from typing import Annotated, Any
 
 import typer
 
 from memprof.cli import _options as opt
 
+Rows = Sequence[dict[str, Any]]
 
-def list(  # noqa: A001 - the command's name
+
+def list(
     kind: Annotated[str, typer.Argument(help="all, models, methods, tasks or devices.")] = "all",
     json: opt.AsJson = False,
 ) -> None:
     """Show what memprof knows: models, methods with their papers and fields, tasks, devices.
 
     Examples:
-
     memprof list
 
     memprof list methods
@@ -39,7 +41,7 @@ def list(  # noqa: A001 - the command's name
     _show(found)
 
 
-def _models() -> list[dict[str, Any]]:
+def _models() -> Rows:
     from memprof.families import all_cards
 
     return [
@@ -51,7 +53,7 @@ def _models() -> list[dict[str, Any]]:
     ]  # fmt: skip
 
 
-def _methods() -> list[dict[str, Any]]:
+def _methods() -> Rows:
     from memprof.pruning import METHODS
 
     return [
@@ -67,13 +69,13 @@ def _methods() -> list[dict[str, Any]]:
     ]  # fmt: skip
 
 
-def _tasks() -> list[dict[str, Any]]:
+def _tasks() -> Rows:
     from memprof.tasks import TASKS
 
     return [{"name": n, "title": c.title, "paper": c.paper, "metric": c.metric, "hub": c.hub} for n, c in TASKS]
 
 
-def _devices() -> list[dict[str, Any]]:
+def _devices() -> Rows:
     # Read off the files' first lines: importing a meter would load torch.
     rows = []
     for name in ("cuda", "sim", "cpu"):

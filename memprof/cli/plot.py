@@ -29,7 +29,7 @@ def plot(
 
     Drawn again from the same runs, every file has the same bytes.
 
-    Examples:
+    For example:
 
       memprof plot runs/first -o plots/
 

@@ -9,7 +9,9 @@ import typer
 
 
 def report(
-    runs: Annotated[list[Path], typer.Argument(help="Run folders, or folders that hold run folders.", metavar="RUN...")],
+    runs: Annotated[
+        list[Path], typer.Argument(help="Run folders, or folders that hold run folders.", metavar="RUN...")
+    ],
     format: Annotated[
         str, typer.Option("--format", "-f", help="table, markdown, csv, json, html or chrome (Perfetto).")
     ] = "table",
@@ -20,7 +22,7 @@ def report(
 ) -> None:
     """Show what runs measured or predicted; runs of one model, task and stack are set side by side.
 
-    Examples:
+    For example:
 
       memprof report runs/first
 

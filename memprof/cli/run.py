@@ -29,8 +29,12 @@ def run(
     data: opt.Data = "bundled",
     weights: opt.Weights = "random",
     dtype: opt.Dtype = None,
-    attention: Annotated[str, typer.Option("--attention", help="Attention of the language model: sdpa or eager.")] = "sdpa",
-    shard: Annotated[str | None, typer.Option("--shard", help="i/n: every n-th sample; default: torchrun's or SLURM's.")] = None,
+    attention: Annotated[
+        str, typer.Option("--attention", help="Attention of the language model: sdpa or eager.")
+    ] = "sdpa",
+    shard: Annotated[
+        str | None, typer.Option("--shard", help="i/n: every n-th sample; default: torchrun's or SLURM's.")
+    ] = None,
     seed: opt.Seed = 0,
     output: opt.Folder = None,
     resume: Annotated[bool, typer.Option("--resume", help="Finish the run that is in the folder.")] = False,
@@ -43,7 +47,6 @@ def run(
     """Measure or predict where the memory goes, token by token.
 
     Examples:
-
     memprof run --method topv --task ai2d
 
     memprof run --method baseline --method fastv --method topv:keep=0.25 --stack paper -o runs/paper
@@ -117,8 +120,9 @@ class _watch:
         self.console = Console(stderr=True)
         self.verbose, self.unit, self.names = verbose, unit, [spec.method for spec in specs]
         self.bar = Progress(
-            TextColumn("{task.description}"), BarColumn(bar_width=20), MofNCompleteColumn(), TextColumn("{task.fields[now]}"),
-            TimeElapsedColumn(), console=self.console, disable=quiet or not self.console.is_terminal,
+            TextColumn("{task.description}"), BarColumn(bar_width=20), MofNCompleteColumn(),
+            TextColumn("{task.fields[now]}"), TimeElapsedColumn(), console=self.console, disable=quiet or not
+            self.console.is_terminal,
         )  # fmt: skip
 
     def __enter__(self) -> Progress:

@@ -1,4 +1,4 @@
-"""Model families: one file each. A family knows its models, their prompts, and where on the image each visual token lies.
+"""Model families: one file each. A family knows its models, their prompts, and where each visual token lies.
 
 Nothing here imports torch at module level: ``memprof list`` reads families without it.
 """
@@ -98,7 +98,9 @@ class Family:
         """Visual tokens along one edge of a tile."""
         raise NotImplementedError
 
-    def pixels(self, card: Card, shape: PromptShape, image: Image.Image | None) -> npt.NDArray[np.float32] | tuple[int, ...]:
+    def pixels(
+        self, card: Card, shape: PromptShape, image: Image.Image | None
+    ) -> npt.NDArray[np.float32] | tuple[int, ...]:
         """Pixel values ``(tiles, 3, size, size)``, normalised; only that shape where ``image`` is None."""
         raise NotImplementedError
 
@@ -113,9 +115,9 @@ class Family:
     def visual_positions(self, card: Card, shape: PromptShape) -> npt.NDArray[np.float32]:
         """Centre of each visual token on the whole image, ``(visual_tokens, 2)`` as x, y in units of the image's edges.
 
-        Tokens of a tile run row by row. The thumbnail's tokens lie over the same image at a coarser pitch. The TopV paper
-        leaves images of several tiles open: memprof chose one coordinate system for all of them, so that neighbours across
-        a tile's edge are neighbours.
+        Tokens of a tile run row by row. The thumbnail's tokens lie over the same image at a coarser pitch. The TopV
+        paper leaves images of several tiles open: memprof chose one coordinate system for all of them, so that
+        neighbours across a tile's edge are neighbours.
         """
         side = self.side(card)
         within = (np.arange(side, dtype=np.float32) + 0.5) / side

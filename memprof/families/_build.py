@@ -22,7 +22,14 @@ def dtype_of(name: str) -> torch.dtype:
 
 
 def build_model(
-    family: Family, card: Card, *, device: str, dtype: str, weights: str = "random", attention: str = "sdpa", seed: int = 0
+    family: Family,
+    card: Card,
+    *,
+    device: str,
+    dtype: str,
+    weights: str = "random",
+    attention: str = "sdpa",
+    seed: int = 0,
 ) -> nn.Module:
     """A model ready to generate.
 
@@ -40,7 +47,7 @@ def build_model(
     config = family.config(card)
     implementation = {"text_config": attention, "vision_config": "sdpa"}
 
-    def from_config() -> Any:
+    def from_config() -> Any:  # a PreTrainedModel; transformers is not typed
         return AutoModelForImageTextToText.from_config(
             config, dtype=dtype_of(dtype), attn_implementation=implementation
         )
@@ -48,11 +55,12 @@ def build_model(
     if device == "sim":
         from memprof.simulator.weightless import build_weightless
 
-        model = build_weightless(from_config)
+        model: nn.Module = build_weightless(from_config)
     elif weights != "random":
         from memprof.families._checkpoint import load_checkpoint
 
-        return load_checkpoint(family, card, weights, device=device, dtype=dtype, attention=implementation)
+        loaded: nn.Module = load_checkpoint(family, card, weights, device=device, dtype=dtype, attention=implementation)
+        return loaded
     else:
         model = _random(from_config, device, seed)
     _never_stop(model)
@@ -64,7 +72,7 @@ def _random(from_config: Any, device: str, seed: int) -> nn.Module:
     from transformers.initialization import no_init_weights
 
     with torch.device(device), no_init_weights(), warnings.catch_warnings():
-        model = from_config().eval()
+        model: nn.Module = from_config().eval()
     generator = torch.Generator(device).manual_seed(seed)
     with torch.no_grad():
         for name, parameter in model.named_parameters():

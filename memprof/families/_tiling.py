@@ -1,7 +1,8 @@
 """Dynamic tiling as InternVL does it.
 
 Source: ``dynamic_preprocess`` and ``find_closest_aspect_ratio`` of OpenGVLab/InternVL,
-``internvl_chat/internvl/train/dataset.py`` at commit 2410d1d. Held to that code by the tests on every size of its oracle.
+``internvl_chat/internvl/train/dataset.py`` at commit 2410d1d. Held to that code by the tests on every size of its
+oracle.
 """
 
 from __future__ import annotations
@@ -20,18 +21,20 @@ IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 def candidates(max_tiles: int) -> tuple[tuple[int, int], ...]:
     """Grids ``(columns, rows)`` of at most ``max_tiles`` tiles, in the order the reference tries them.
 
-    It sorts a set by area, so grids of equal area stay in CPython's set order, which depends on the order of insertion. That
-    order decides ties and is therefore reproduced, not tidied.
+    It sorts a set by area, so grids of equal area stay in CPython's set order, which depends on the order of
+    insertion. That order decides ties and is therefore reproduced, not tidied.
     """
-    grids = {(i, j) for n in range(1, max_tiles + 1) for i in range(1, n + 1) for j in range(1, n + 1) if i * j <= max_tiles}
+    grids = {
+        (i, j) for n in range(1, max_tiles + 1) for i in range(1, n + 1) for j in range(1, n + 1) if i * j <= max_tiles
+    }
     return tuple(sorted(grids, key=lambda grid: grid[0] * grid[1]))
 
 
 def choose_grid(width: int, height: int, max_tiles: int, size: int = 448) -> tuple[int, int]:
     """The grid ``(columns, rows)`` whose aspect ratio is closest to the image's.
 
-    At an exactly equal distance a later grid wins only if the image has more than half the pixels the grid would give it;
-    the last grid that passes wins. Two different ratios can be at one distance.
+    At an exactly equal distance a later grid wins only if the image has more than half the pixels the grid would give
+    it; the last grid that passes wins. Two different ratios can be at one distance.
     """
     aspect = width / height
     best, best_distance = (1, 1), float("inf")
@@ -44,7 +47,7 @@ def choose_grid(width: int, height: int, max_tiles: int, size: int = 448) -> tup
 
 
 def cut_tiles(image: Image.Image, columns: int, rows: int, size: int = 448) -> list[Image.Image]:
-    """Resize ``image`` to the whole grid (bicubic, ratio not kept), cut it row by row, thumbnail last if more than one."""
+    """Resize ``image`` to the whole grid (bicubic, ratio not kept) and cut it row by row; a thumbnail comes last."""
     rgb = image.convert("RGB")
     whole = rgb.resize((columns * size, rows * size), Image.Resampling.BICUBIC)
     tiles = [

@@ -17,7 +17,8 @@ if TYPE_CHECKING:
     from PIL import Image
     from transformers import PreTrainedConfig
 
-#: InternViT-300M-448px: 24 layers, qkv bias, no qk-norm, LayerNorm. With CLS and 32 x 32 patches it runs 1,025 positions.
+#: InternViT-300M-448px: 24 layers, qkv bias, no qk-norm, LayerNorm. With CLS and 32 x 32 patches it runs 1,025
+#: positions.
 _VIT_300M = {
     "hidden_size": 1024, "num_hidden_layers": 24, "num_attention_heads": 16, "intermediate_size": 4096,
     "attention_bias": True, "use_qk_norm": False, "norm_type": "layer_norm", "layer_norm_eps": 1e-6,
@@ -32,16 +33,6 @@ _VIT_6B = {
 _THETA = {"rope_parameters": {"rope_type": "default", "rope_theta": 1e6}, "max_position_embeddings": 32768}
 
 
-def _internlm2(**sizes: int) -> dict[str, Any]:
-    special = {"bos_token_id": 1, "eos_token_id": 92542, "pad_token_id": 2}
-    return {"model_type": "llama", "vocab_size": 92553, "rms_norm_eps": 1e-5, **special, **_THETA, **sizes}
-
-
-def _qwen2(**sizes: int) -> dict[str, Any]:
-    special = {"bos_token_id": 151643, "eos_token_id": 151645, "pad_token_id": 151643}
-    return {"model_type": "qwen2", "vocab_size": 151674, "rms_norm_eps": 1e-6, **special, **_THETA, **sizes}
-
-
 def _sizes(hidden: int, ffn: int, layers: int, heads: int, kv_heads: int) -> dict[str, int]:
     return {
         "hidden_size": hidden, "intermediate_size": ffn, "num_hidden_layers": layers,
@@ -49,22 +40,45 @@ def _sizes(hidden: int, ffn: int, layers: int, heads: int, kv_heads: int) -> dic
     }  # fmt: skip
 
 
+def _internlm2(*sizes: int) -> dict[str, Any]:
+    special = {"bos_token_id": 1, "eos_token_id": 92542, "pad_token_id": 2}
+    return {"model_type": "llama", "vocab_size": 92553, "rms_norm_eps": 1e-5, **special, **_THETA, **_sizes(*sizes)}
+
+
+def _qwen2(*sizes: int) -> dict[str, Any]:
+    special = {"bos_token_id": 151643, "eos_token_id": 151645, "pad_token_id": 151643}
+    return {"model_type": "qwen2", "vocab_size": 151674, "rms_norm_eps": 1e-6, **special, **_THETA, **_sizes(*sizes)}
+
+
+#: InternLM2 1.8B, 7B and 20B: hidden, FFN, layers, heads, KV heads.
+_2B, _8B, _20B = (2048, 8192, 24, 16, 8), (4096, 14336, 32, 32, 8), (6144, 16384, 48, 48, 8)
+_LLAMA3_70B = {
+    "model_type": "llama", "vocab_size": 128265, "rms_norm_eps": 1e-5, "bos_token_id": 128000, "eos_token_id": 128003,
+    "pad_token_id": 128003, **_THETA, **_sizes(8192, 28672, 80, 64, 8),
+}  # fmt: skip
+#: Id of ``<IMG_CONTEXT>`` in each tokenizer.
+_INTERNLM2_IMAGE, _QWEN2_IMAGE = 92546, 151667
+_READ = "configuration file of the checkpoint"
+_RECALLED = "published sizes, not read off a file here; they give the published number of parameters"
+
+
 def _card(
-    title: str, text: dict[str, Any], hub: str, image_token: int, *, vision: dict[str, Any] = _VIT_300M, source: str
+    title: str,
+    text: dict[str, Any],
+    hub: str,
+    image_token: int,
+    *,
+    vision: dict[str, Any] = _VIT_300M,
+    source: str = _RECALLED,
 ) -> tuple[str, Card]:
-    # InternLM2's template was counted with its tokenizer: 41 tokens up to <img>, then </img>, newline and the 5 that open the
-    # answer. The Qwen2 templates are taken to be as long: their tokenizers are not at hand, and a few text tokens are 1e-3 of
-    # a prompt.
+    # InternLM2's template was counted with its tokenizer: 41 tokens up to <img>, then </img>, newline and the 5 that
+    # open the answer. The other templates are taken to be as long: their tokenizers are not at hand, and a few text
+    # tokens are a thousandth of a prompt.
     card = Card(
         name=title.lower(), title=title, hub=hub, dtype="bfloat16", source=source, text=text, vision=vision,
         extra={"image_token_id": image_token, "downsample_ratio": 0.5}, template=(41, 7), max_tiles=12,
     )  # fmt: skip
     return card.name, card
-
-
-_READ = "configuration file of the checkpoint"
-_KNOWN = "published configuration, from memory of the hub's config.json; parameters agree with the published count"
-_QWEN_05B = _qwen2(**_sizes(896, 4864, 24, 14, 2))
 
 
 class InternVL(Family):
@@ -74,47 +88,19 @@ class InternVL(Family):
     thumbnails = True
     cards = dict(
         [
-            _card(
-                "InternVL2-2B", _internlm2(**_sizes(2048, 8192, 24, 16, 8)), "OpenGVLab/InternVL2-2B", 92546, source=_READ
-            ),
-            _card(
-                "InternVL2-8B", _internlm2(**_sizes(4096, 14336, 32, 32, 8)), "OpenGVLab/InternVL2-8B", 92546, source=_KNOWN
-            ),
-            _card(
-                "InternVL2-26B", _internlm2(**_sizes(6144, 16384, 48, 48, 8)), "OpenGVLab/InternVL2-26B", 92546,
-                vision=_VIT_6B, source=_KNOWN,
-            ),
-            _card(
-                "InternVL2-76B",
-                {
-                    "model_type": "llama", "vocab_size": 128265, "rms_norm_eps": 1e-5, "bos_token_id": 128000,
-                    "eos_token_id": 128003, "pad_token_id": 128003, **_THETA, **_sizes(8192, 28672, 80, 64, 8),
-                },
-                "OpenGVLab/InternVL2-Llama3-76B", 128258, vision=_VIT_6B, source=_KNOWN,
-            ),
-            _card("InternVL2.5-1B", _QWEN_05B, "OpenGVLab/InternVL2_5-1B", 151667, source=_KNOWN),
-            _card(
-                "InternVL2.5-2B", _internlm2(**_sizes(2048, 8192, 24, 16, 8)), "OpenGVLab/InternVL2_5-2B", 92546,
-                source=_KNOWN,
-            ),
-            _card(
-                "InternVL2.5-4B", _qwen2(**_sizes(2048, 11008, 36, 16, 2)), "OpenGVLab/InternVL2_5-4B", 151667,
-                source=_KNOWN,
-            ),
-            _card(
-                "InternVL2.5-8B", _internlm2(**_sizes(4096, 14336, 32, 32, 8)), "OpenGVLab/InternVL2_5-8B", 92546,
-                source=_KNOWN,
-            ),
-            _card("InternVL3-1B", _QWEN_05B, "OpenGVLab/InternVL3-1B-hf", 151667, source=_KNOWN),
-            _card(
-                "InternVL3-2B", _qwen2(**_sizes(1536, 8960, 28, 12, 2)), "OpenGVLab/InternVL3-2B-hf", 151667, source=_KNOWN
-            ),
-            _card(
-                "InternVL3-8B", _qwen2(**_sizes(3584, 18944, 28, 28, 4)), "OpenGVLab/InternVL3-8B-hf", 151667,
-                source=_KNOWN,
-            ),
+            _card("InternVL2-2B", _internlm2(*_2B), "OpenGVLab/InternVL2-2B", _INTERNLM2_IMAGE, source=_READ),
+            _card("InternVL2-8B", _internlm2(*_8B), "OpenGVLab/InternVL2-8B", _INTERNLM2_IMAGE),
+            _card("InternVL2-26B", _internlm2(*_20B), "OpenGVLab/InternVL2-26B", _INTERNLM2_IMAGE, vision=_VIT_6B),
+            _card("InternVL2-76B", _LLAMA3_70B, "OpenGVLab/InternVL2-Llama3-76B", 128258, vision=_VIT_6B),
+            _card("InternVL2.5-1B", _qwen2(896, 4864, 24, 14, 2), "OpenGVLab/InternVL2_5-1B", _QWEN2_IMAGE),
+            _card("InternVL2.5-2B", _internlm2(*_2B), "OpenGVLab/InternVL2_5-2B", _INTERNLM2_IMAGE),
+            _card("InternVL2.5-4B", _qwen2(2048, 11008, 36, 16, 2), "OpenGVLab/InternVL2_5-4B", _QWEN2_IMAGE),
+            _card("InternVL2.5-8B", _internlm2(*_8B), "OpenGVLab/InternVL2_5-8B", _INTERNLM2_IMAGE),
+            _card("InternVL3-1B", _qwen2(896, 4864, 24, 14, 2), "OpenGVLab/InternVL3-1B-hf", _QWEN2_IMAGE),
+            _card("InternVL3-2B", _qwen2(1536, 8960, 28, 12, 2), "OpenGVLab/InternVL3-2B-hf", _QWEN2_IMAGE),
+            _card("InternVL3-8B", _qwen2(3584, 18944, 28, 28, 4), "OpenGVLab/InternVL3-8B-hf", _QWEN2_IMAGE),
         ]
-    )  # fmt: skip
+    )
 
     def config(self, card: Card) -> PreTrainedConfig:
         """The ``InternVLConfig`` of ``card``."""
@@ -141,7 +127,9 @@ class InternVL(Family):
         before, after = card.template
         return PromptShape(tiles, columns, rows, tiles * self.side(card) ** 2, before, after + question_tokens)
 
-    def pixels(self, card: Card, shape: PromptShape, image: Image.Image | None) -> npt.NDArray[np.float32] | tuple[int, ...]:
+    def pixels(
+        self, card: Card, shape: PromptShape, image: Image.Image | None
+    ) -> npt.NDArray[np.float32] | tuple[int, ...]:
         """Tiles in row-major order, thumbnail last, normalised by ImageNet's mean and deviation."""
         size = int(card.vision["image_size"][0])
         if image is None:

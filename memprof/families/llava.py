@@ -41,7 +41,7 @@ class Llava(Family):
     """LLaVA-1.5 (llava-hf)."""
 
     title = "LLaVA-1.5"
-    cards = {  # noqa: RUF012 - annotated ClassVar in the base
+    cards = {
         card.name: card
         for card in (
             _card("LLaVA-1.5-7B", 4096, 11008, 32, 32, "llava-hf/llava-1.5-7b-hf"),
@@ -70,7 +70,9 @@ class Llava(Family):
         before, after = card.template
         return PromptShape(1, 1, 1, self.side(card) ** 2, before, after + question_tokens)
 
-    def pixels(self, card: Card, shape: PromptShape, image: Image.Image | None) -> npt.NDArray[np.float32] | tuple[int, ...]:
+    def pixels(
+        self, card: Card, shape: PromptShape, image: Image.Image | None
+    ) -> npt.NDArray[np.float32] | tuple[int, ...]:
         """Short edge to 336 pixels (bicubic), centre crop, normalised by CLIP's mean and deviation."""
         size = int(card.vision["image_size"])
         if image is None:

@@ -48,18 +48,14 @@ def data_text(record: RunRecord) -> str:
 
 def device_text(record: RunRecord) -> str:
     """The device as the run recorded it, with the GPU's name where there is one."""
-    there = record.environment
-    device = str(there.get("device") or record.spec.device)
-    names = (there.get("gpu"), there.get("device_name"), there.get("gpu_name"), record.spec.gpu)
-    name = next((str(n) for n in names if n), "")
-    return device if not name or name in device else f"{device} ({name})"
+    name = record.environment.get("gpu") or record.spec.gpu
+    return f"{record.spec.device} ({name})" if name else record.spec.device
 
 
 def version_of(record: RunRecord, package: str) -> str:
     """The version of ``package`` that made the run, or ``unknown``."""
-    nested = record.environment.get("versions")
-    found = record.environment.get(package) or (nested.get(package) if isinstance(nested, dict) else None)
-    return str(found) if found else "unknown"
+    there = record.environment
+    return str(there.get(package) or there.get("packages", {}).get(package) or "unknown")
 
 
 def groups(runs: Iterable[Run]) -> list[list[Run]]:

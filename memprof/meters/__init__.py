@@ -1,4 +1,4 @@
-"""Meters: where bytes come from. One file each; the profiler tells a meter when tokens and phases end, and it answers."""
+"""Meters: where bytes come from. One file each; told when tokens and phases end, a meter answers."""
 
 from __future__ import annotations
 
@@ -77,7 +77,7 @@ METERS: Registry[Meter] = Registry("memprof.meters", Meter, "device")
 
 
 def meter_for(model: nn.Module) -> Meter:
-    """The meter that serves ``model``: CUDA where its weights are on a card, sim where they have no storage, else cpu."""
+    """The meter that serves ``model``: cuda for weights on a card, sim for weights without storage, else cpu."""
     return next(cls for _, cls in METERS if cls.serves(model))(model)
 
 

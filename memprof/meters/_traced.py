@@ -32,7 +32,7 @@ class TracedMeter(Meter):
         """Enter a fresh ledger."""
         self.ledger = Ledger("cpu", self.kernels())
         self.ledger.ignore(self.weights)
-        self.ledger.__enter__()
+        self.ledger.listen()
 
     def mark(self) -> None:
         """Note the end of a token in the trace."""
@@ -47,6 +47,5 @@ class TracedMeter(Meter):
     def close(self) -> Reading:
         """Leave the ledger and read its trace."""
         assert self.ledger is not None
-        self.ledger.__exit__(None, None, None)
         self.trace, self.ledger = self.ledger.close(), None
         return self.read(self.trace)

@@ -9,7 +9,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 
 from memprof.meters._traced import TracedMeter
 from memprof.records import Status
-from memprof.simulator.replay import Reading, read_trace
+from memprof.simulator.replay import Reading, read_plain
 from memprof.simulator.trace import Trace
 
 
@@ -35,6 +35,4 @@ class CpuMeter(TracedMeter):
 
     def read(self, trace: Trace) -> Reading:
         """Bytes as asked for."""
-        reading = read_trace(trace, self.static_bytes, rounding=1)
-        reading.reserved_bytes = list(reading.peak_allocated_bytes)
-        return reading
+        return read_plain(trace, self.static_bytes)

@@ -11,16 +11,17 @@ from torch import nn
 from memprof.errors import DeviceUnavailable
 from memprof.meters import Meter, weights_of
 from memprof.records import PARTS, Status
+from memprof.simulator.allocator import BLOCK_BYTES
 from memprof.simulator.ledger import Ledger
-from memprof.simulator.replay import CUDA_ROUNDING, Reading, read_trace
+from memprof.simulator.replay import Reading, read_plain
 
 
 class PeakCounter:
     """The one peak counter a device has, shared by whoever measures on it.
 
-    Reading resets it, so every window open around the innermost one is told of each peak, and what stood in the counter before
-    the first window is kept: :attr:`outer_bytes` is what ``torch.cuda.max_memory_allocated`` would have said at the end had
-    nobody reset it. PyTorch offers no way to write the counter back.
+    Reading resets it, so every window open around the innermost one is told of each peak, and what stood in the
+    counter before the first window is kept: :attr:`outer_bytes` is what ``torch.cuda.max_memory_allocated`` would
+    have said at the end had nobody reset it. PyTorch offers no way to write the counter back.
     """
 
     _open: ClassVar[list[PeakCounter]] = []
@@ -121,7 +122,7 @@ class CudaMeter(Meter):
         self.counter.open()
         self.ledger = Ledger("cuda")
         self.ledger.ignore(self.weights)
-        self.ledger.__enter__()
+        self.ledger.listen()
 
     def mark(self) -> None:
         """Read and reset the counters."""
@@ -142,8 +143,7 @@ class CudaMeter(Meter):
     def close(self) -> Reading:
         """Give the counter back; parts from the ledger's trace."""
         assert self.ledger is not None
-        self.ledger.__exit__(None, None, None)
-        traced = read_trace(self.ledger.close(), self._static, CUDA_ROUNDING)
+        traced = read_plain(self.ledger.close(), self._static, BLOCK_BYTES)
         self.ledger = None
         self.counter.close()
         reading = self._reading

@@ -1,7 +1,8 @@
-"""A CUDA run predicted without CUDA: the same ``generate()`` over weights without storage, through the caching allocator."""
+"""A CUDA run predicted without CUDA: the same ``generate()`` over weights without storage."""
 
 from __future__ import annotations
 
+import os
 from typing import Any, ClassVar
 
 from torch import nn
@@ -9,10 +10,17 @@ from torch._subclasses.fake_tensor import FakeTensor
 
 from memprof.meters._traced import TracedMeter
 from memprof.records import Status
+from memprof.simulator.allocator import AllocatorSettings, CachingAllocator
 from memprof.simulator.kernels import Kernels
-from memprof.simulator.replay import CUDA_ROUNDING, Reading, read_trace, rounded
+from memprof.simulator.replay import Reading, read_cuda
 from memprof.simulator.trace import Trace
 from memprof.simulator.weightless import RealScores
+
+
+def allocator_settings() -> AllocatorSettings:
+    """The settings a CUDA run in this environment would have: ``PYTORCH_ALLOC_CONF``, or its older name."""
+    text = os.environ.get("PYTORCH_ALLOC_CONF") or os.environ.get("PYTORCH_CUDA_ALLOC_CONF") or ""
+    return AllocatorSettings.parse(text)
 
 
 class SimMeter(TracedMeter):
@@ -23,7 +31,10 @@ class SimMeter(TracedMeter):
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__(model)
-        self._static = int(rounded([w.untyped_storage().nbytes() for w in self.weights], CUDA_ROUNDING).sum())
+        #: The allocator once the weights are loaded, one after another.
+        self.loaded = CachingAllocator(allocator_settings())
+        for weight in self.weights:
+            self.loaded.malloc(weight.untyped_storage().nbytes())
         self._scores = RealScores(model.get_output_embeddings().weight.shape[0])  # type: ignore[operator]
         self.weights.append(self._scores.scores)
 
@@ -34,8 +45,8 @@ class SimMeter(TracedMeter):
 
     @property
     def static_bytes(self) -> int:
-        """Bytes of the weights, each rounded as the caching allocator does."""
-        return self._static
+        """Bytes of the blocks the weights are in."""
+        return self.loaded.allocated
 
     def kernels(self) -> Kernels:
         """What CUDA kernels take beyond their results."""
@@ -47,6 +58,4 @@ class SimMeter(TracedMeter):
 
     def read(self, trace: Trace) -> Reading:
         """Bytes as the caching allocator would hold them."""
-        reading = read_trace(trace, self._static, CUDA_ROUNDING)
-        reading.reserved_bytes = list(reading.peak_allocated_bytes)
-        return reading
+        return read_cuda(trace, self.loaded)

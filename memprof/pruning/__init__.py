@@ -1,7 +1,7 @@
 """Token pruning: a pruner chooses which visual tokens stay; :mod:`memprof.pruning.surgery` alone carries it out.
 
-Adding a method is one file in ``memprof/pruning/methods``: a frozen dataclass whose fields are its hyper-parameters and whose
-``select`` returns indices.
+Adding a method is one file in ``memprof/pruning/methods``: a frozen dataclass whose fields are its hyper-parameters
+and whose ``select`` returns indices.
 """
 
 from __future__ import annotations
@@ -84,12 +84,8 @@ class Pruner:
 class OneCut(Pruner):
     """A pruner that cuts once: its share and its layer."""
 
-    keep: float = setting(
-        0.5, "share of visual tokens kept", origin="paper", gt=0, le=1, search=(0.02, 1.0)
-    )
-    layer: int = setting(
-        2, "decoder layers that still see every token", origin="paper", ge=0, search=(1, 8)
-    )
+    keep: float = setting(0.5, "share of visual tokens kept", origin="paper", gt=0, le=1, search=(0.02, 1.0))
+    layer: int = setting(2, "decoder layers that still see every token", origin="paper", ge=0, search=(1, 8))
 
     def stages(self, n_visual: int, n_layers: int) -> Sequence[Stage]:
         """One cut before layer ``layer``; the count is ``round(n * keep)``, halves to even, as FastV's code has it."""
@@ -131,10 +127,10 @@ def visual_tokens_per_layer(stages: Sequence[Stage], n_visual: int, n_layers: in
 
 
 def layer_flops(tokens: npt.ArrayLike, hidden: int, ffn: int) -> npt.NDArray[np.float64]:
-    """FLOPs of one decoder layer over ``tokens``: ``4 n d^2 + 2 n^2 d + 2 n d m`` (FastV, arXiv:2403.06764, section 4.2).
+    """FLOPs of one decoder layer over ``tokens``: ``4 n d^2 + 2 n^2 d + 2 n d m`` (FastV, arXiv:2403.06764).
 
-    The published figures use ``2 n d m`` for the feed-forward; SwiGLU has three matrices. memprof follows the published form,
-    so that its shares can be held against theirs.
+    The published figures use ``2 n d m`` for the feed-forward; SwiGLU has three matrices. memprof follows the
+    published form, so that its shares can be held against theirs.
     """
     n = np.asarray(tokens, dtype=np.float64)
     return 4 * n * hidden**2 + 2 * n**2 * hidden + 2 * n * hidden * ffn

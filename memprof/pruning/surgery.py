@@ -1,8 +1,8 @@
 """The only writer of model behaviour: carries out a pruner's choice by hooks, and leaves nothing behind.
 
-Tokens are dropped, not hidden: hidden states, rotary positions and masks lose their rows, so every later layer computes and
-caches only what stays. Layer caches become ragged. Positions are the original ones. ``generate()`` reads the sequence length
-from layer 0, which sees every token, so decoding goes on from the full length without being told.
+Tokens are dropped, not hidden: hidden states, rotary positions and masks lose their rows, so every later layer
+computes and caches only what stays. Layer caches become ragged. Positions are the original ones. ``generate()`` reads
+the sequence length from layer 0, which sees every token, so decoding goes on from the full length without being told.
 
 A pruner slices nothing. That is why a doubled or retained KV could exist in this file only.
 """
@@ -202,8 +202,8 @@ class Surgery:
         if "row" in self.pruner.needs:
             self._pre(attention, attending)
         if "map" in self.pruner.needs:
-            # The reference's loop holds a layer's map until the next layer has made its own, so every layer up to the cut
-            # is watched: that second map is part of what the method costs.
+            # The reference's loop holds a layer's map until the next layer has made its own, so every layer up to the
+            # cut is watched: that second map is part of what the method costs.
             for before in self._layers[: stage.layer]:
                 self._post(cast(nn.Module, before.self_attn), attended)
         if "target" in self.pruner.needs:
@@ -257,7 +257,8 @@ class Surgery:
     def _rows_kept(self, visual: torch.Tensor, length: int) -> torch.Tensor:
         """Rows of the present sequence that stay: all text, and ``visual``; rising."""
         assert self._visual is not None
-        # A row is text unless it is one of the visual ones. Counted this way the result's size follows from shapes alone.
+        # A row is text unless it is one of the visual ones. Counted this way the result's size follows from shapes
+        # alone.
         order = torch.zeros(length, dtype=torch.int8, device=visual.device)
         order.index_fill_(0, self._visual, 1)
         order.index_fill_(0, visual, 0)
@@ -277,7 +278,8 @@ class Surgery:
         keys = cache.layers[attention.layer_idx].keys[0]
         grouped = query[0, :, 0].view(keys.shape[0], -1, attention.head_dim)
         scores = torch.matmul(grouped, keys.transpose(1, 2)) * attention.scaling
-        return scores.softmax(-1, dtype=torch.float32).mean((0, 1)).index_select(0, self._visual)
+        mean: torch.Tensor = scores.softmax(-1, dtype=torch.float32).mean((0, 1))
+        return mean.index_select(0, self._visual)
 
     def _map(self) -> torch.Tensor:
         """The same read off the kept map, averaged over heads as a whole first, as FastV's reference does."""
@@ -337,7 +339,11 @@ class Surgery:
             if mask is None:
                 mask = allowed if _attention_of(self._layers[0]) != "eager" else _additive(allowed, hidden.dtype)
             else:
-                mask = mask & allowed if mask.dtype == torch.bool else mask.masked_fill(~allowed, torch.finfo(mask.dtype).min)
+                mask = (
+                    mask & allowed
+                    if mask.dtype == torch.bool
+                    else mask.masked_fill(~allowed, torch.finfo(mask.dtype).min)
+                )
             return args, {**kwargs, "attention_mask": mask}
 
 

@@ -1,7 +1,7 @@
 """Optimal transport between visual tokens in row blocks: no matrix of all pairs ever exists.
 
-For 3,328 tokens one such matrix is 44 MB in float32 and would show in the peak it is meant to lower. Every pass computes the
-costs of a block of rows anew from the features.
+For 3,328 tokens one such matrix is 44 MB in float32 and would show in the peak it is meant to lower. Every pass
+computes the costs of a block of rows anew from the features.
 """
 
 from __future__ import annotations
@@ -40,9 +40,9 @@ def sinkhorn(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Scalings ``u, v`` of the entropic plan ``P = diag(u) exp(-C / eps) diag(v)`` (Cuturi 2013).
 
-    Each iteration scales the rows to the marginal ``rows``, then the columns to ``columns``, in one pass over the costs: a
-    block's row scalings need only the column scalings of the iteration before. It ends on the columns, so the row sums are
-    NOT the row marginal: they carry the residue of convergence.
+    Each iteration scales the rows to the marginal ``rows``, then the columns to ``columns``, in one pass over the
+    costs: a block's row scalings need only the column scalings of the iteration before. It ends on the columns, so
+    the row sums are NOT the row marginal: they carry the residue of convergence.
 
     Args:
         cost: Blocks of costs, small enough against ``eps`` that ``exp(-C / eps)`` does not vanish along a whole row.

@@ -22,7 +22,8 @@ class View:
         target: The same tokens after that layer's post-attention norm, ``(n, hidden)``, or None if not asked for.
         positions: Centre of each token on its image, ``(n, 2)`` float32, x and y in units of the image's edges.
         images: Number of the image each token belongs to, ``(n,)`` int64.
-        row: Gives ``(n,)`` float32: attention of the LAST prompt token to each visual token in that layer, mean over heads.
+        row: Gives ``(n,)`` float32: attention of the LAST prompt token to each visual token in that layer, mean over
+            heads.
         map: Gives the same from the layer's kept attention map (eager attention only).
         seed: For pruners that draw at random; the same for the same sample.
     """

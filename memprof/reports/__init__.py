@@ -1,7 +1,6 @@
 """Reports: runs as a table, a page, or another program's food. One file a format in ``memprof/reports/formats``.
 
-A format is a module with a function ``render(runs, unit) -> str`` and a first docstring line for ``memprof list``. All read
-records only; nothing here imports torch.
+A format is a module with a function ``render(runs, unit) -> str``. All read records only; nothing here imports torch.
 """
 
 from __future__ import annotations

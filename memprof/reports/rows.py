@@ -20,6 +20,7 @@ class Sheet:
 
     Attributes:
         title: Model, data, samples, stack.
+        heading: The title, with status and unit.
         head: The columns' names; the first is the method.
         rows: A row a run.
         parts_head: The columns' names of the parts' table.
@@ -30,6 +31,7 @@ class Sheet:
     """
 
     title: str
+    heading: str
     head: list[str]
     rows: list[list[str]]
     parts_head: list[str]
@@ -46,8 +48,11 @@ def plain(text: str, most: int = 200) -> str:
 
 
 def number(n_bytes: int | None, unit: str) -> str:
-    """Bytes as a number of ``unit``, whose name stands in the title."""
-    return MISSING if n_bytes is None else f"{in_unit(n_bytes, unit):.{DIGITS[unit]}f}"
+    """Bytes as a number of ``unit``, whose name stands in the title; what would round to nothing is ``<0.001``."""
+    if n_bytes is None:
+        return MISSING
+    text, least = f"{in_unit(n_bytes, unit):.{DIGITS[unit]}f}", f"{10.0 ** -DIGITS[unit]:.{DIGITS[unit]}f}"
+    return f"<{least}" if n_bytes > 0 and float(text) == 0 else text
 
 
 def percent(share: float | None) -> str:
@@ -66,7 +71,7 @@ def _sheet(group: list[Run], unit: str) -> Sheet:
     head = ["method", "keep/pruned", "static", "dynamic peak", "saved", "KV cache", "reserved", "FLOPs cut", "status"]
     rows = [
         [
-            name, facts.keep_text(run), number(run.record.static_bytes, unit), number(total["dynamic_peak_bytes"], unit),
+            name, facts.keep_text(run), number(total["static_bytes"], unit), number(total["dynamic_peak_bytes"], unit),
             percent(facts.saving(run, group)), number(total["kv_cache_bytes"], unit),
             number(total["peak_reserved_bytes"], unit), percent(total["visual_flops_cut"]), run.record.status,
         ]
@@ -86,7 +91,8 @@ def _sheet(group: list[Run], unit: str) -> Sheet:
     phrases = facts.provenance_lines(origin)
     many = len(origin["methods"])
     return Sheet(
-        title=f"{origin['model']} on {phrases[1 + many]}, stack {origin['stack']}, {origin['status']} ({unit})",
+        title=f"{origin['model']} on {phrases[1 + many]}, stack {origin['stack']}",
+        heading=f"{origin['model']} on {phrases[1 + many]}, stack {origin['stack']}, {origin['status']} ({unit})",
         head=head,
         rows=rows,
         parts_head=["method", *(PART_LABELS[p] for p in held), "dynamic peak"],

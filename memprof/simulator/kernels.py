@@ -1,7 +1,8 @@
 """What a CUDA run allocates that the CPU dispatch does not show: one place, each entry named, each with its source.
 
-The simulator runs operators on storage-less CPU tensors. Their results are the results CUDA gives, but kernels also take
-workspaces for the time they run. Each is entered in the trace as a birth and a death around the operator, under its own name.
+The simulator runs operators on storage-less CPU tensors. Their results are the results CUDA gives, but kernels also
+take workspaces for the time they run. Each is entered in the trace as a birth and a death around the operator, under
+its own name.
 """
 
 from __future__ import annotations

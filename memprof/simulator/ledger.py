@@ -1,15 +1,17 @@
 """Lifetimes of every storage a ``generate()`` makes, with the part that asked for it.
 
 The ledger is a dispatch mode: it sees each operator's results, gives every new storage a slot in a
-:class:`~memprof.simulator.trace.Trace`, and learns of its end from a weak reference. It works alike on real tensors and on
-tensors without storage (:mod:`memprof.simulator.weightless`), which is why one profiler serves measuring and predicting.
+:class:`~memprof.simulator.trace.Trace`, and learns of its end from a weak reference. It works alike on real tensors
+and on tensors without storage (:mod:`memprof.simulator.weightless`), which is why one profiler serves measuring and
+predicting.
 """
 
 from __future__ import annotations
 
 import weakref
 from collections.abc import Iterable
-from typing import Any
+from functools import partial
+from typing import Any, Self
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -27,7 +29,7 @@ _SILENT_VIEWS = {torch.ops.aten._unsafe_view.default, torch.ops.aten._reshape_al
 _ARRIVALS = {torch.ops.aten.lift_fresh.default}
 
 
-class Ledger(TorchDispatchMode):
+class Ledger(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Records births and deaths of storages on ``device`` while it is entered.
 
     Args:
@@ -36,7 +38,7 @@ class Ledger(TorchDispatchMode):
     """
 
     def __init__(self, device: str, kernels: Kernels | None = None) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.device, self.kernels = device, kernels
         self.trace = Trace()
         self._slots: dict[int, int] = {}
@@ -60,7 +62,7 @@ class Ledger(TorchDispatchMode):
             storage.nbytes(), part, (module, op), tuple(tensor.shape), str(tensor.dtype).removeprefix("torch.")
         )
         self._slots[key] = slot
-        self._watch[key] = weakref.ref(storage, lambda _, key=key, slot=slot: self._died(key, slot))
+        self._watch[key] = weakref.ref(storage, partial(self._died, key, slot))
 
     def claim(self, tensor: torch.Tensor, part: str) -> None:
         """``tensor``'s storage belongs to ``part``, whoever made it: this is how a cache is told from attention."""
@@ -68,20 +70,26 @@ class Ledger(TorchDispatchMode):
         if slot >= 0:
             self.trace.parts[slot] = part
 
+    def listen(self) -> Self:
+        """Begin to see operators."""
+        self.__enter__()  # type: ignore[no-untyped-call]
+        return self
+
     def close(self) -> Trace:
         """Stop listening and return the trace."""
+        self.__exit__(None, None, None)  # type: ignore[no-untyped-call]
         self._open = False
         self._watch.clear()
         return self.trace
 
-    def _died(self, key: int, slot: int) -> None:
+    def _died(self, key: int, slot: int, _: object) -> None:
         self._slots.pop(key, None)
         self._watch.pop(key, None)
         if self._open:
             self.trace.death(slot)
 
     def _makes_storage(self, func: Any) -> bool:
-        """Whether ``func`` can return a storage of its own: views and in-place operators say in their schema they don't."""
+        """Whether ``func`` can return a storage of its own; the schemas of views and in-place operators say no."""
         if func not in self._fresh:
             returns = func._schema.returns
             own = any(r.alias_info is None for r in returns)

@@ -139,6 +139,7 @@ class _PlainReader:
         self.actions, self.addresses, self.sizes = array("b"), array("q"), array("q")
         self.stack_ids, self.lane_ids = array("i"), array("i")
         self.stacks: list[tuple[Frame, ...]] = [()]
+        self._handles = [_Stack(0)]
         self.lanes: dict[Hashable, int] = {}
         self._frames: dict[tuple[object, object, object], Frame] = {}
         self._known_runs: dict[bytes, _Stack] = {}
@@ -274,7 +275,7 @@ class _PlainReader:
                 frames.append(self._memo[_UINT32.unpack_from(run, at + 1)[0] if wide else run[at + 1]])
                 at += 5 if wide else 2
             if all(type(frame) is Frame for frame in frames):
-                stack = self._known_runs[run] = _Stack(self._stack_id(frames))
+                stack = self._known_runs[run] = self._handles[self._stack_id(frames)]
         return stack
 
     def _fold(self, target: Any, items: list[Any]) -> Any:
@@ -324,7 +325,8 @@ class _PlainReader:
         if index is None:
             index = self._known_stacks[key] = len(self.stacks)
             self.stacks.append(tuple(frames))
-        self._replace(frames, _Stack(index))
+            self._handles.append(_Stack(index))
+        self._replace(frames, self._handles[index])
         return index
 
 

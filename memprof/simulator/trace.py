@@ -1,7 +1,7 @@
 """What happened to memory during one ``generate()``: every storage's birth and death, in order. Plain data, no torch.
 
-Storages are numbered by birth; a number is called a *slot*. The event list holds ``slot`` for a birth and ``~slot`` for a
-death, which makes it one array of integers.
+Storages are numbered by birth; a number is called a *slot*. The event list holds ``slot`` for a birth and ``~slot``
+for a death, which makes it one array of integers.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """Models without weights: every parameter has its shape, dtype and size, and no storage behind it.
 
-Parameters are fake tensors, built while the fake mode is active; during ``generate()`` the mode is NOT active. The tensor
-subclass alone carries it on, so token ids, masks and counts stay real and every check on data passes, while whatever meets a
-weight becomes fake. That lets an unmodified ``generate()`` run at full scale on a laptop.
+Parameters are fake tensors, built while the fake mode is active; during ``generate()`` the mode is NOT active. The
+tensor subclass alone carries it on, so token ids, masks and counts stay real and every check on data passes, while
+whatever meets a weight becomes fake. That lets an unmodified ``generate()`` run at full scale on a laptop.
 """
 
 from __future__ import annotations

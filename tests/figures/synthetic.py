@@ -88,8 +88,8 @@ def make_run(
         ),
         status="measured" if measured else "predicted",
         environment={
-            "torch": "2.13.0", "transformers": "5.23.0", "memprof": "0.1.0", "python": "3.12.3",
-            "device": "cuda" if measured else "sim", "gpu": "NVIDIA H100 80GB HBM3" if measured else None,
+            "memprof": "0.1.0", "python": "3.12.3", "packages": {"torch": "2.13.0", "transformers": "5.23.0"},
+            **({"gpu": "NVIDIA H100 80GB HBM3"} if measured else {}),
         },
         static_bytes=STATIC,
         static_parts={"vision": 608_000_000, "language": STATIC - 608_000_000},

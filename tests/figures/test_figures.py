@@ -83,6 +83,15 @@ def test_overlay_leaves_gaps_where_a_method_has_no_sample():
     assert len(data["series"][1]["token_peak_bytes"]) == len(data["series"][0]["token_peak_bytes"]) == 12
 
 
+def test_equal_methods_are_both_seen():
+    from memprof.figures.kinds.overlay import _coincide
+
+    data = figures.plan(make_runs(("ai2d",), (METHODS[0], "random:keep=0.5", "uniform:keep=0.5"), samples=5, tokens=3))
+    baseline, random, uniform = next(d["series"] for d in data if d["kind"] == "overlay")
+    assert _coincide(random, uniform)
+    assert not _coincide(baseline, random)
+
+
 def test_runs_of_other_stacks_status_or_data_are_not_compared():
     here = make_run(METHODS[0])
     assert len(facts.groups([here, make_run(METHODS[2])])) == 1
@@ -126,10 +135,12 @@ def digests(folder: Path) -> dict[str, str]:
 
 
 def test_two_processes_and_a_redraw_from_data_give_the_same_bytes(tmp_path):
+    drawing = []
     for number in "12":
         env = {**os.environ, "PYTHONHASHSEED": number, "SOURCE_DATE_EPOCH": number, "TZ": f"UTC{number}"}
         command = [sys.executable, "-W", "error", "-c", DRAW, str(HERE), str(tmp_path / number)]
-        subprocess.run(command, check=True, env=env)
+        drawing.append(subprocess.Popen(command, env=env))
+    assert [process.wait() for process in drawing] == [0, 0]
     first = digests(tmp_path / "1")
     assert len(first) == 4 * 6
     assert digests(tmp_path / "2") == first

@@ -22,6 +22,7 @@ MOST_POINTS = 6000
 class Overlay(Kind):
     """One figure a group of runs: each sample's peak as a firm line, each token's as a pale one, zero is static.
 
+    A line that another covers is drawn wider, so that both are seen.
     Names stand at the right, each at its method's maximum, with the value and the change against Baseline.
     """
 
@@ -91,7 +92,8 @@ class Overlay(Kind):
         step = max(1, ceil(total / MOST_POINTS))
         token_edges = [*range(0, total, step), total]
         worn: dict[str, int] = {}
-        for series in order:
+        for number, series in enumerate(order):
+            under = sum(_coincide(series, later) for later in order[number + 1 :])
             colour = palette.method_colour(series["method"])
             dash = DASHES[worn.setdefault(series["method"], 0) % len(DASHES)]
             worn[series["method"]] += 1
@@ -102,8 +104,8 @@ class Overlay(Kind):
             pale = palette.tint(colour, 0.62)
             axes.stairs(look.scaled(tokens), token_edges, baseline=None, color=pale, linewidth=pt(0.5))
             axes.stairs(
-                look.scaled(series["sample_peak_bytes"]), edges, baseline=None, color=colour, linewidth=pt(1.1),
-                linestyle=dash, zorder=3,
+                look.scaled(series["sample_peak_bytes"]), edges, baseline=None, color=colour, linestyle=dash, zorder=3,
+                linewidth=pt(1.1 + 1.5 * min(under, 3)),
             )  # fmt: skip
         axes.set_xlim(0, total)
         axes.set_ylim(0, in_unit(top, look.unit) * 1.06)
@@ -145,6 +147,13 @@ class Overlay(Kind):
                 note, (at, y), xycoords=frame, xytext=(0, pt(-0.8)), textcoords="offset points", fontsize=look.small,
                 va="top", annotation_clip=False, parse_math=False,
             )  # fmt: skip
+
+
+def _coincide(one: dict[str, Any], other: dict[str, Any]) -> bool:
+    """Whether two methods' peaks are the same, to the eye, on most samples."""
+    pairs = zip(one["sample_peak_bytes"], other["sample_peak_bytes"], strict=True)
+    close: list[bool] = [abs(a - b) <= 0.01 * max(a, b) for a, b in pairs if a is not None and b is not None]
+    return 2 * sum(close) > len(close)
 
 
 def _apart(wanted: Sequence[float], gap: float, low: float, high: float) -> list[float]:

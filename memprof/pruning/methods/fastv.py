@@ -19,9 +19,9 @@ if TYPE_CHECKING:
 class FastV(OneCut):
     """Top-k of the last query's attention, mean over heads, in layer ``layer - 1``.
 
-    ``scores=row`` computes that one row from the cached keys beside any attention kernel; ``scores=map`` reads it off the
-    whole map of eager attention, as the reference does: each layer's map is held until the next layer has made its own. ``drop=mask`` hides tokens and saves nothing:
-    the form FastV's first code had.
+    ``scores=row`` computes that one row from the cached keys beside any attention kernel; ``scores=map`` reads it off
+    the whole map of eager attention, as the reference does: each layer's map is held until the next layer has made
+    its own. ``drop=mask`` hides tokens and saves nothing: the form FastV's first code had.
     """
 
     title = "FastV"
@@ -29,7 +29,10 @@ class FastV(OneCut):
     reference = "pkunlp-icler/FastV, LlamaModel.fastv_forward"
     departs = "original positions, one prune in prefill, KV ragged; no layer is run twice, so no KV is doubled"
     scores: str = setting(
-        "auto", "where scores come from; auto: row, or map in the paper stack", origin="code", choices=("auto", "row", "map")
+        "auto",
+        "where scores come from; auto: row, or map in the paper stack",
+        origin="code",
+        choices=("auto", "row", "map"),
     )
     drop: str = setting("true", "drop tokens, or only mask them", origin="code", choices=("true", "mask"))
 

@@ -1,4 +1,4 @@
-"""TopV: rank visual tokens by optimal transport to what their own layer makes of them, and prune the least important."""
+"""TopV: rank visual tokens by optimal transport to what their own layer makes of them; prune the least important."""
 
 from __future__ import annotations
 
@@ -17,44 +17,60 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class TopV(OneCut):
-    """Importance from a transport plan between tokens entering a layer (source) and after its post-attention norm (target).
+    """Importance from a transport plan between tokens entering a layer and the same after its post-attention norm.
 
-    The paper's words: one prune in prefill at layer 2; source and target tokens as above; cost = feature similarity +
-    relative spatial distance + absolute central distance; Sinkhorn; the least important are pruned and a subset of them is
-    recovered uniformly. It leaves open: norms, marginals, the relaxation, how importance is read, several tiles. There
-    memprof chose what ranked best on a small trained model (cosine features, plan balanced by rows then columns, importance
-    as the largest share a token sends to one target, no recovery); every other reading stays selectable.
+    The paper's words: one prune in prefill at layer 2; source and target tokens are those two; cost = feature similarity +
+    relative spatial distance + absolute central distance; Sinkhorn; the least important are pruned and a subset of
+    them is recovered uniformly. It leaves open: norms, marginals, the relaxation, how importance is read, several
+    tiles. There memprof chose what ranked best on a small trained model (cosine features, plan balanced by rows then
+    columns, importance as the largest share a token sends to one target, no recovery); every other reading stays
+    selectable.
 
-    Two readings cannot work, and tests show it: ended on the rows, a balanced plan's row sums are its marginal whatever the
-    cost; and the centre term, constant along a row, cancels in the row scaling.
+    Two readings cannot work, and tests show it: ended on the rows, a balanced plan's row sums are its marginal
+    whatever the cost; and the centre term, constant along a row, cancels in the row scaling.
     """
 
     title = "TopV"
     paper = "TopV, CVPR 2025, arXiv:2503.18278"
-    departs = "recovery is off by default and importance is the plan's row maximum: both measured best, neither is the paper's"
+    departs = "no recovery by default, importance is the plan's row maximum: both measured best, neither is the paper's"
     features: str = setting(
-        "cosine", "feature cost: distance of unit vectors, or raw squared distance", origin="memprof",
-        choices=("cosine", "l2"), search=("cosine", "l2"),
+        "cosine",
+        "feature cost: distance of unit vectors, or raw squared distance",
+        origin="memprof",
+        choices=("cosine", "l2"),
+        search=("cosine", "l2"),
     )
     marginals: str = setting(
         "uniform", "what a token has to send: alike, or by its norm", origin="memprof", choices=("uniform", "norm")
     )
     relax: str = setting(
-        "none", "none: balanced plan; source: only targets have a marginal", origin="memprof", choices=("none", "source")
+        "none",
+        "none: balanced plan; source: only targets have a marginal",
+        origin="memprof",
+        choices=("none", "source"),
     )
     score: str = setting(
-        "max", "importance: row maximum or row sum of the plan, or mean feature cost", origin="memprof",
-        choices=("max", "sum", "cost"), search=("max", "cost"),
+        "max",
+        "importance: row maximum or row sum of the plan, or mean feature cost",
+        origin="memprof",
+        choices=("max", "sum", "cost"),
+        search=("max", "cost"),
     )
     recover: int = setting(
-        0, "recover every n-th pruned token inside the same budget; 0: none", origin="paper", choices=(0, 4, 6),
+        0,
+        "recover every n-th pruned token inside the same budget; 0: none",
+        origin="paper",
+        choices=(0, 4, 6),
         search=(0, 4, 6),
     )
     alpha: float = setting(1.0, "weight of the feature cost", origin="second-hand", ge=0)
     beta: float = setting(1.0, "weight of the spatial cost", origin="second-hand", ge=0)
     gamma: float = setting(0.01, "weight of the centre cost", origin="second-hand", ge=0)
     sigma: float = setting(
-        10 / 24, "width of the spatial Gaussian, in image edges (10 cells of a 24-cell grid)", origin="second-hand", gt=0
+        10 / 24,
+        "width of the spatial Gaussian, in image edges (10 cells of a 24-cell grid)",
+        origin="second-hand",
+        gt=0,
     )
     eps: float = setting(0.1, "entropic regularisation", origin="second-hand", gt=0)
     iterations: int = setting(3, "Sinkhorn passes", origin="second-hand", ge=1, le=100)
@@ -160,7 +176,8 @@ def _norms(tokens: torch.Tensor) -> torch.Tensor:
     """Length of each token, ``(n,)`` float32, never zero."""
     import torch
 
-    return torch.linalg.vector_norm(tokens, dim=1, dtype=torch.float32).clamp_(min=1e-12)
+    norms: torch.Tensor = torch.linalg.vector_norm(tokens, dim=1, dtype=torch.float32)
+    return norms.clamp_(min=1e-12)
 
 
 def _row_max(plan: torch.Tensor) -> torch.Tensor:

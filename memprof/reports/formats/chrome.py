@@ -1,4 +1,4 @@
-"""A Chrome trace for Perfetto (ui.perfetto.dev) or chrome://tracing: samples and tokens as slices, bytes as counters."""
+"""A Chrome trace for Perfetto (ui.perfetto.dev) or chrome://tracing: tokens as slices, bytes as counters."""
 
 from __future__ import annotations
 
@@ -50,7 +50,15 @@ def _events(pid: int, run: Run) -> Iterator[dict[str, Any]]:
     for sample in run.samples:
         if not sample.ok:
             args = {"sample": sample.id, "error": sample.error or ""}
-            yield {"ph": "i", "name": f"sample {sample.status}", "pid": pid, "tid": 1, "ts": now, "s": "p", "args": args}
+            yield {
+                "ph": "i",
+                "name": f"sample {sample.status}",
+                "pid": pid,
+                "tid": 1,
+                "ts": now,
+                "s": "p",
+                "args": args,
+            }
         if len(sample.tokens):
             start = now
             for event in _sample(pid, sample, start, run.record.static_bytes):
@@ -74,7 +82,9 @@ def _sample(pid: int, sample: SampleRecord, start: float, static: int) -> Iterat
                 yield _counter(pid, now, name, held[column])
         yield _counter(pid, now, "static", static)
         if t == sample.peak_token:
-            yield from (_counter(pid, now, f"at the peak: {PART_LABELS[p]}", sample.peak_parts.get(p, 0)) for p in PARTS)
+            yield from (
+                _counter(pid, now, f"at the peak: {PART_LABELS[p]}", sample.peak_parts.get(p, 0)) for p in PARTS
+            )
         now += duration
         if t == sample.peak_token:
             yield from (_counter(pid, now, f"at the peak: {PART_LABELS[p]}", 0) for p in PARTS)

@@ -13,7 +13,7 @@ def render(runs: Sequence[Run], unit: str = "GiB") -> str:
     """A heading, two tables and a line of origin for each group of ``runs``."""
     blocks = []
     for sheet in sheets(runs, unit):
-        lines = [f"### {escape(sheet.title)}", "", *table(sheet.head, sheet.rows), ""]
+        lines = [f"### {escape(sheet.heading)}", "", *table(sheet.head, sheet.rows), ""]
         lines += ["What makes up each dynamic peak:", "", *table(sheet.parts_head, sheet.parts), ""]
         lines += [f"- {escape(line)}" for line in sheet.remarks] + [""] * bool(sheet.remarks)
         lines += [f"<sub>{escape(sheet.origin)}</sub>"]

@@ -38,7 +38,7 @@ def render(runs: Sequence[Run], unit: str = "GiB", *, width: int | None = None, 
 
 
 def _print(console: Console, sheet: Sheet, columns: int) -> None:
-    console.print(Text(sheet.title, style="bold"))
+    console.print(Text(sheet.heading, style="bold"))
     roomy = columns >= ROOMY
     table = Table(box=box.HORIZONTALS, padding=(0, 2 if roomy else 1, 0, 0), pad_edge=False, header_style="bold")
     for name in sheet.head:

@@ -1,0 +1,259 @@
+"""Reports: the numbers are the records', text of data sets does no harm, and every format stands on its own."""
+
+import csv
+import io
+import json
+import os
+import re
+import subprocess
+import sys
+import tomllib
+from fnmatch import fnmatch
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pytest
+from synthetic import METHODS, NASTY, STATIC, make_run, make_runs
+
+from memprof import reports
+from memprof.errors import BadValue, UnknownName
+from memprof.records import PARTS, Run, RunRecord, RunSpec, SampleRecord, summarize
+from memprof.reports.formats.html import embed
+from memprof.reports.rows import plain, sheets
+
+ROOT = Path(__file__).parents[2]
+
+
+def nothing_finished() -> Run:
+    return Run(
+        RunRecord(RunSpec("internvl2-2b", "baseline", "ai2d", "sim"), "predicted"), [SampleRecord("a", "failed")]
+    )
+
+
+def page_data(page: str) -> str:
+    return re.search(r'id="data">(.*?)</script>', page, re.S).group(1)
+
+
+def test_formats_are_found_by_file():
+    assert reports.names() == ["chrome", "csv", "html", "json", "markdown", "table"]
+
+
+@pytest.mark.parametrize("name", reports.names())
+@pytest.mark.parametrize("case", ["three", "empty", "none"])
+def test_every_format_renders_the_same_text_twice(name, case, runs):
+    chosen = {"three": runs[:3], "empty": [nothing_finished()], "none": []}[case]
+    assert reports.render(name, chosen) == reports.render(name, chosen)
+
+
+@pytest.mark.parametrize("name", reports.names())
+def test_every_format_says_measured_or_predicted_and_on_what(name, runs):
+    predicted, measured = (
+        reports.render(name, runs),
+        reports.render(name, make_runs(("ai2d",), samples=3, measured=True)),
+    )
+    if name == "html":  # its style and script know both words; its data know one
+        predicted, measured = page_data(predicted), page_data(measured)
+    assert "predicted" in predicted
+    assert "measured" not in predicted
+    assert "measured" in measured
+    assert "predicted" not in measured
+    assert "cuda" in measured
+
+
+def test_unknown_names(runs):
+    with pytest.raises(UnknownName, match="did you mean 'markdown'"):
+        reports.render("markdwn", runs)
+    with pytest.raises(BadValue, match="GiB"):
+        reports.render("table", runs, "G")
+
+
+@pytest.mark.parametrize("width", [80, 120, 200])
+def test_table_fits_and_is_complete(runs, width):
+    text = reports.render("table", runs, width=width)
+    assert max(map(len, text.splitlines())) <= width
+    assert "…" not in text
+    assert "\x1b" not in text
+    for run in runs:
+        total = summarize(run)
+        for key in ("static_bytes", "dynamic_peak_bytes", "kv_cache_bytes", "peak_reserved_bytes"):
+            assert f"{total[key] / 2**30:.3f}" in text
+    assert re.search(r"TopV +0\.50 ?/ ?0\.50 ", text)
+    joined = " ".join(text.split())
+    assert "torch 2.13.0" in joined
+    assert "sample ai2d/0003 failed: image cannot be read" in joined
+    assert "(Baseline, FastV, TopV)" in joined
+
+
+def test_table_has_colours_only_when_asked(runs):
+    coloured = reports.render("table", runs, width=100, colour=True)
+    assert "\x1b[" in coloured
+    assert re.sub(r"\x1b\[[0-9;]*m", "", coloured).split() == reports.render("table", runs, width=100).split()
+
+
+def test_table_shows_scores_where_there_are_any(runs):
+    assert "score" not in reports.render("table", runs[:1])
+    for number, sample in enumerate(runs[0].finished):
+        sample.score = float(number % 2)
+    assert re.search(r"40\.0 % +predicted", reports.render("table", runs[:1], width=120))
+
+
+def test_saving_is_against_baseline_of_the_same_experiment(runs):
+    (sheet,) = sheets([*runs[:3]], "GiB")
+    base, topv = runs[0].highest.dynamic_peak_bytes, runs[2].highest.dynamic_peak_bytes
+    assert sheet.rows[0][4] == "-"
+    assert sheet.rows[2][4] == f"{100 * (1 - topv / base):.1f} %"
+    assert [s.rows[0][4] for s in sheets([runs[0], make_run(METHODS[2], stack="current")], "GiB")] == ["-", "-"]
+
+
+def test_markdown_is_a_table_that_nothing_breaks(runs):
+    runs[0].samples[3].id = "a|b\n# <b>*x*"
+    text = reports.render("markdown", runs[:3])
+    tables = [line for line in text.splitlines() if line.startswith("|")]
+    assert len(tables) == 2 * 5
+    assert len({re.sub(r"\\\|", "", line).count("|") for line in tables[:5]}) == 1
+    assert "a\\|b\N{REPLACEMENT CHARACTER}\\# &lt;b&gt;\\*x\\*" in text
+
+
+def test_markdown_parts_sum_to_the_peak(runs):
+    (sheet,) = sheets(runs[:3], "GiB")
+    for row in sheet.parts:
+        assert sum(map(float, row[1:-1])) == pytest.approx(float(row[-1]), abs=0.005)
+
+
+def test_csv_has_a_row_a_token_and_a_row_a_failure(runs):
+    rows = list(csv.DictReader(io.StringIO(reports.render("csv", runs))))
+    assert len(rows) == sum(sum(len(s.tokens) for s in r.finished) + 1 for r in runs)
+    first, sample = rows[0], runs[0].samples[0]
+    for column in ("peak_allocated_bytes", "allocated_bytes", "reserved_bytes", "kv_bytes"):
+        assert int(first[column]) == getattr(sample.tokens, column)[0]
+    assert first["seconds"] == first["device_used_bytes"] == ""
+    assert int(first["static_bytes"]) == STATIC
+    assert rows[4]["sample"] == NASTY
+    assert [r["error"] for r in rows if r["sample_status"] == "failed"] == ["image cannot be read: truncated <PNG>"] * 6
+
+
+@pytest.mark.parametrize("name", ["=1+1", "+1", "-1", "@x", "\t=1"])
+def test_csv_holds_no_formula(runs, name):
+    runs[0].samples[0].id = name
+    assert next(csv.DictReader(io.StringIO(reports.render("csv", runs[:1]))))["sample"] == f"'{name}"
+
+
+def test_json_is_the_document_of_the_design(runs):
+    assert json.loads(reports.render("json", runs)) == {"schema": 1, "runs": [summarize(run) for run in runs]}
+
+
+@pytest.mark.parametrize("measured", [False, True])
+def test_chrome_trace_is_in_order_and_carries_every_byte(measured):
+    run = make_run(METHODS[2], samples=5, tokens=3, measured=measured)
+    trace = json.loads(reports.render("chrome", [run]))
+    events = trace["traceEvents"]
+    counters: dict[str, list[tuple[float, int]]] = {}
+    for event in events:
+        assert {"ph", "name", "pid", "tid"} <= set(event)
+        if event["ph"] == "C":
+            assert isinstance(event["args"]["bytes"], int)
+            counters.setdefault(event["name"], []).append((event["ts"], event["args"]["bytes"]))
+    for track in counters.values():
+        assert [at for at, _ in track] == sorted(at for at, _ in track)
+    peaks = [b for s in run.finished for b in s.tokens.peak_allocated_bytes]
+    assert [b for _, b in counters["peak allocated"]] == [*peaks, 0]
+    assert ("device used" in counters) is measured
+    for part in PARTS:
+        shown = {
+            b for name, track in counters.items() if name.replace(" ", "_").lower().endswith(part) for _, b in track
+        }
+        assert {s.peak_parts[part] for s in run.finished} <= shown
+    prefill = next(e for e in events if e["name"] == "prefill")
+    assert prefill["dur"] == pytest.approx(210_000 if measured else 1000)
+    name = next(e["args"]["name"] for e in events if e["name"] == "process_name")
+    assert ("1 ms a token" in name) is not measured
+    assert bool(trace["otherData"]["untimed"]) is not measured
+    assert [e["args"]["error"] for e in events if e["ph"] == "i"] == ["image cannot be read: truncated <PNG>"]
+
+
+class _Reader(HTMLParser):
+    def __init__(self) -> None:
+        super().__init__()
+        self.tags: list[tuple[str, dict[str, str | None]]] = []
+        self.scripts: list[str] = []
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.append((tag, dict(attrs)))
+        if tag == "script":
+            self.scripts.append("")
+
+    def handle_data(self, data):
+        if self.tags and self.tags[-1][0] == "script":
+            self.scripts[-1] += data
+
+
+def test_page_is_one_file_that_no_text_can_break(runs):
+    runs[0].samples[0].answer = NASTY
+    runs[0].samples[3].error = "<script>alert(2)</script>"
+    runs[0].record.data_label = runs[1].record.data_label = runs[2].record.data_label = "<b>'\"</title>"
+    page = reports.render("html", runs)
+    reader = _Reader()
+    reader.feed(page)
+    tags = [tag for tag, _ in reader.tags]
+    assert tags.count("script") == 2
+    assert "img" not in tags
+    assert "b" not in tags
+    for tag, attributes in reader.tags:
+        assert not {k for k in attributes if k.startswith("on")}
+        assert "src" not in attributes
+        if "href" in attributes:
+            assert (tag, attributes["href"]) == ("link", "data:,")
+    data = json.loads(reader.scripts[0])
+    assert data["groups"][0]["samples"][1]["id"] == NASTY
+    assert data["groups"][0]["runs"][0]["samples"][0]["answer"] == NASTY
+    # The only address in the page is the name of a namespace, which nobody fetches.
+    assert set(re.findall(r"https?://[\w./-]+", page)) <= {"http://www.w3.org/2000/svg"}
+
+
+def test_page_holds_the_records(runs):
+    text = reports.render("html", runs)
+    data = json.loads(page_data(text))
+    assert [g["status"] for g in data["groups"]] == ["predicted", "predicted"]
+    run, shown = runs[2], data["groups"][0]["runs"][2]
+    assert shown["dynamic"] == run.highest.dynamic_peak_bytes
+    assert [b for b in shown["peak"] if b is not None] == [
+        b - STATIC for s in run.finished for b in s.tokens.peak_allocated_bytes
+    ]
+    for sample, there in zip(run.samples, shown["samples"], strict=True):
+        assert (there["parts"] is None) is not sample.ok
+        if sample.ok:
+            assert sum(there["parts"].values()) == sample.dynamic_peak_bytes
+
+
+def test_embedded_json_means_the_same():
+    value = {"a": NASTY, "b": ["<!--", "&amp;", "\u2029"]}
+    text = embed(value)
+    assert json.loads(text) == value
+    assert not set("<>&\u2028\u2029") & set(text)
+
+
+def test_page_assets_are_packaged():
+    patterns = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["package-data"]["memprof"]
+    for asset in (ROOT / "memprof" / "reports" / "page").iterdir():
+        name = asset.relative_to(ROOT / "memprof").as_posix()
+        assert any(fnmatch(name, pattern.replace("**/", "*")) for pattern in patterns), (
+            f"add {asset.suffix} to package-data"
+        )
+
+
+def test_plain_text_has_no_escapes():
+    assert (
+        plain("a\x1b[31m\nb\u202ec")
+        == "a\N{REPLACEMENT CHARACTER}[31m\N{REPLACEMENT CHARACTER}b\N{REPLACEMENT CHARACTER}c"
+    )
+    assert len(plain("x" * 500)) == 200
+
+
+def test_reports_load_no_torch():
+    code = (
+        "import sys; sys.path.insert(0, sys.argv[1]); from synthetic import make_runs; from memprof import reports\n"
+        "for name in reports.names(): reports.render(name, make_runs(samples=2, tokens=2))\n"
+        "assert not {'torch', 'transformers', 'matplotlib', 'plotly'} & set(sys.modules)"
+    )
+    here = str(ROOT / "tests" / "figures")
+    subprocess.run([sys.executable, "-W", "error", "-c", code, here], check=True, env={**os.environ}, cwd=ROOT)

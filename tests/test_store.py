@@ -1,0 +1,90 @@
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from memprof.errors import DataError, RunExists, UsageError
+from memprof.records import Holder, RunRecord, RunSpec, SampleRecord, TokenColumns, summarize
+from memprof.store import RunFolder, find_runs, read_run
+
+SPEC = RunSpec(model="m", method="baseline", task="ai2d", device="sim")
+
+
+def record(**changes: object) -> RunRecord:
+    return RunRecord(spec=RunSpec(**{**SPEC.to_json(), **changes}), status="predicted", static_bytes=100)
+
+
+def sample(name: str, peak: int = 150) -> SampleRecord:
+    columns = TokenColumns([peak, 140], [120, 121], [200, 200], [10, 11], [None, None], [None, None])
+    holder = Holder(5, "mlp", "a.b", "mm", [1, 2], "float32", "prefill")
+    return SampleRecord(
+        id=name, tokens=columns, peak_parts={"mlp": peak - 100}, peak_holders=[holder], dynamic_peak_bytes=peak - 100
+    )
+
+
+def test_what_is_written_is_read(tmp_path: Path) -> None:
+    with RunFolder.open(tmp_path / "r", record()) as folder:
+        folder.append(sample("a"))
+        folder.append(SampleRecord(id="b", status="failed", error="no"))
+        folder.save()
+    run = read_run(tmp_path / "r")
+    assert run.record == record()
+    assert run.samples == [sample("a"), SampleRecord(id="b", status="failed", error="no")]
+    total = summarize(run)
+    assert (total["samples"], total["failed"], total["dynamic_peak_bytes"], total["tokens"]) == (1, 1, 50, 2)
+    assert find_runs([tmp_path])[0].samples == run.samples
+
+
+def test_each_line_is_on_disk_when_append_returns(tmp_path: Path) -> None:
+    with RunFolder.open(tmp_path / "r", record()) as folder:
+        folder.append(sample("a"))
+        assert [s.id for s in read_run(tmp_path / "r").samples] == ["a"]
+
+
+def test_a_torn_line_is_dropped_and_resume_goes_on(tmp_path: Path) -> None:
+    with RunFolder.open(tmp_path / "r", record()) as folder:
+        folder.append(sample("a"))
+    lines = tmp_path / "r" / "samples.jsonl"
+    whole = lines.read_bytes()
+    lines.write_bytes(whole + whole[: len(whole) // 2])
+    assert [s.id for s in read_run(tmp_path / "r").samples] == ["a"]
+    with RunFolder.open(tmp_path / "r", record(), resume=True) as folder:
+        assert folder.done == {"a"}
+        folder.append(sample("b"))
+    assert [s.id for s in read_run(tmp_path / "r").samples] == ["a", "b"]
+
+
+def test_a_folder_is_never_overwritten_unasked(tmp_path: Path) -> None:
+    RunFolder.open(tmp_path / "r", record()).__exit__()
+    with pytest.raises(RunExists, match=r"--resume.*--force"):
+        RunFolder.open(tmp_path / "r", record())
+    with pytest.raises(UsageError, match="method: 'baseline' there, 'topv' asked"):
+        RunFolder.open(tmp_path / "r", record(method="topv"), resume=True)
+    with RunFolder.open(tmp_path / "r", record(method="topv"), force=True) as folder:
+        assert folder.samples == []
+    other = tmp_path / "mine"
+    other.mkdir()
+    (other / "thesis.tex").write_text("years of work")
+    for force in (False, True):
+        with pytest.raises(UsageError, match="not empty"):
+            RunFolder.open(other, record(), force=force)
+    assert (other / "thesis.tex").exists()
+
+
+def test_broken_folders_say_what_is_wrong(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"no run\.json"):
+        read_run(tmp_path)
+    with pytest.raises(DataError, match="holds no run"):
+        find_runs([tmp_path])
+    with RunFolder.open(tmp_path / "r", record()) as folder:
+        folder.append(sample("a"))
+    with (tmp_path / "r" / "samples.jsonl").open("a") as file:
+        file.write("{}\n")
+    with pytest.raises(DataError, match=r"samples\.jsonl, line 2"):
+        read_run(tmp_path / "r")
+    data = json.loads((tmp_path / "r" / "run.json").read_text())
+    (tmp_path / "r" / "run.json").write_text(json.dumps(data | {"schema": 99}))
+    with pytest.raises(DataError, match="later memprof"):
+        read_run(tmp_path / "r")

@@ -1,0 +1,34 @@
+from __future__ import annotations
+
+import pytest
+
+from memprof.errors import BadValue
+from memprof.units import check_unit, format_bytes, parse_bytes
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("5GiB", 5 * 2**30),
+        ("8 GB", 8 * 10**9),
+        ("512MiB", 2**29),
+        ("4096", 4096),
+        ("5.2gib", int(5.2 * 2**30)),
+        (".5 KB", 500),
+    ],
+)
+def test_parse(text: str, expected: int) -> None:
+    assert parse_bytes(text) == expected
+
+
+@pytest.mark.parametrize("text", ["", "5G", "GiB", "-1GiB", "five", "1 2"])
+def test_what_could_be_misread_is_refused(text: str) -> None:
+    with pytest.raises(BadValue, match="GiB"):
+        parse_bytes(text)
+
+
+def test_the_unit_stands_beside_the_number() -> None:
+    assert format_bytes(4_411_509_760) == "4.109 GiB"
+    assert format_bytes(4_411_509_760, "GB", 2) == "4.41 GB"
+    with pytest.raises(BadValue, match="GiB, GB"):
+        check_unit("G")
