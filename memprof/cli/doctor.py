@@ -28,7 +28,6 @@ def doctor(json: opt.AsJson = False) -> None:
             devices[name] = str(error)
     optional = {
         "nvidia-ml-py": "what the driver says a process uses; pip install 'memprof-vlm[cuda]'",
-        "plotly": "HTML reports; pip install 'memprof-vlm[html]'",
         "optuna": "memprof tune; pip install 'memprof-vlm[tune]'",
         "datasets": "--data hub; pip install 'memprof-vlm[hub]'",
         "sentencepiece": "tokenizers of InternVL2; pip install 'memprof-vlm[hub]'",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from itertools import pairwise
 
 import numpy as np
 import numpy.typing as npt
@@ -113,8 +114,7 @@ def _level(trace: Trace, sizes: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
 
 def _windows(marks: list[int], level: npt.NDArray[np.int64]) -> list[tuple[int, int, int]]:
     """For each token its first event, the one after its last, and the level it began at."""
-    begins = [0, *marks[:-1]]
-    return [(a, b, int(level[a - 1]) if a else 0) for a, b in zip(begins, marks, strict=True)]
+    return [(a, b, int(level[a - 1]) if a else 0) for a, b in pairwise([0, *marks])]
 
 
 def _read_peak(reading: Reading, trace: Trace, event: int, sizes: Mapping[int, int]) -> None:
