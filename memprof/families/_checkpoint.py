@@ -8,11 +8,11 @@ the checkpoint twice. Only safetensors are read, and no code that a checkpoint b
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from torch import nn
 
 from memprof.errors import WeightsError
@@ -95,19 +95,102 @@ def _card_at(family: Family, card: Card, where: Path, stored: Mapping[str, Store
     own = family.config(card)
     try:
         config = config_of(family, card, raw, special_tokens(folder_of(where)))
+        generation = read_json(file.with_name("generation_config.json")) or {}
+        if raw["model_type"] == own.model_type and generation.get("eos_token_id") is not None:
+            config.text_config.eos_token_id = generation["eos_token_id"]
         text = raw.get("text_config") or raw.get("llm_config") or {}
         tied = bool(text.get("tie_word_embeddings", raw.get("tie_word_embeddings", False)))
         if tied:  # some say so and store both
             names = stored_tensors(where) if stored is None else stored
             tied = all(name_of(name, own.model_type) != "lm_head.weight" for name in names)
-        found = card_of(card, own, config, raw, where, tied=tied)
-    except WeightsError as error:
-        raise WeightsError(f"{file} {error}" if str(file) not in str(error) else str(error)) from None
+        return card_of(card, own, config, raw, where, tied=tied)
     except KeyError as error:
-        raise WeightsError(f"{file} lacks {error}") from None
-    except (TypeError, ValueError, AttributeError) as error:
-        raise WeightsError(f"{file} is not a configuration memprof can read: {str(error).partition(chr(10))[0]}") from None
-    generation = read_json(file.with_name("generation_config.json")) or {}
-    if raw.get("model_type") == own.model_type and generation.get("eos_token_id") is not None:
-        return _replace_text(found, eos_token_id=generation["eos_token_id"])
-    return found
+        raise WeightsError(f"{file}: {error} is missing") from None
+    except (TypeError, ValueError, AttributeError, StrictDataclassError) as error:
+        raise WeightsError(f"{file}: {' '.join(str(error).split())}") from None
+
+
+def _without_storage(config: Any, dtype: torch.dtype, attention: str | Mapping[str, str]) -> Any:
+    """The model with every tensor on the meta device."""
+    from transformers import AutoModelForImageTextToText
+    from transformers.initialization import no_init_weights
+
+    implementation = attention if isinstance(attention, str) else dict(attention)
+    with torch.device("meta"), no_init_weights():
+        return AutoModelForImageTextToText.from_config(config, dtype=dtype, attn_implementation=implementation)
+
+
+def _plan(
+    card: Card, config: Any, model: nn.Module, where: Path, stored: Mapping[str, Stored]
+) -> list[tuple[Stored, list[Piece]]]:
+    """Which parameters each stored tensor fills; that every one is filled, once and in its shape, is checked here."""
+    wanted = dict(model.named_parameters())
+    filled: dict[str, Stored] = {}
+    plan = []
+    for tensor in stored.values():
+        pieces = pieces_of(tensor.name, config)
+        for piece in pieces:
+            if piece.target not in wanted:
+                raise WeightsError(f"tensor {tensor.name!r} in {tensor.file} is no part of {card.title}")
+            if piece.target in filled:
+                twin = filled[piece.target]
+                raise WeightsError(f"tensors {twin.name!r} in {twin.file} and {tensor.name!r} in {tensor.file} are the same")
+            _check(card, tensor, piece, wanted[piece.target])
+            filled[piece.target] = tensor
+        if pieces:
+            plan.append((tensor, pieces))
+    missing = [name for name in wanted if name not in filled]
+    if missing:
+        more = f" (and {len(missing) - 1} more)" if len(missing) > 1 else ""
+        raise WeightsError(f"tensor {missing[0]!r}{more} is missing from {where}; {card.title} needs it")
+    return plan
+
+
+def _check(card: Card, tensor: Stored, piece: Piece, parameter: torch.Tensor) -> None:
+    """Raise WeightsError if ``piece`` of ``tensor`` is not what ``parameter`` needs."""
+    if tensor.dtype not in _FLOATS:
+        raise WeightsError(
+            f"tensor {tensor.name!r} in {tensor.file} is stored as {tensor.dtype}; memprof reads {', '.join(_FLOATS)}"
+        )
+    try:
+        shape = piece.take(torch.empty(tensor.shape, device="meta")).shape
+    except (RuntimeError, IndexError):
+        shape = None
+    if shape != parameter.shape:
+        part = "" if tuple(shape or ()) == tensor.shape else f", of which {tuple(shape)} is" if shape else ""
+        raise WeightsError(
+            f"tensor {tensor.name!r} in {tensor.file} has shape {tensor.shape}{part}, and {piece.target!r} of {card.title} "
+            f"needs {tuple(parameter.shape)}"
+        )
+
+
+def _read(model: nn.Module, tensor: Stored, pieces: list[Piece], dtype: torch.dtype, device: str) -> None:
+    """Fill the parameters that ``tensor`` holds.
+
+    The file is mapped anew for each tensor: its pages leave the process with the mapping, so what it holds of the checkpoint
+    beside the model is one tensor.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(tensor.file, framework="pt", device="cpu") as file:
+            source = file.get_tensor(tensor.name)
+    except (SafetensorError, OSError) as error:
+        raise WeightsError(f"tensor {tensor.name!r} in {tensor.file} cannot be read: {error}") from None
+    for piece in pieces:
+        owner, _, leaf = piece.target.rpartition(".")
+        module = model.get_submodule(owner)
+        old = getattr(module, leaf)
+        new = torch.empty(old.shape, dtype=dtype, device=device)
+        new.copy_(piece.take(source))
+        setattr(module, leaf, nn.Parameter(new, requires_grad=old.requires_grad))
+
+
+def _fill_buffers(model: Any, device: str) -> None:
+    """Make the buffers that no checkpoint stores, such as rotary tables, by the model's own rules and in their own dtypes."""
+    for parameter in model.parameters():
+        parameter._is_hf_initialized = True  # transformers then leaves it alone
+    for module in model.modules():
+        for name, buffer in module.named_buffers(recurse=False):
+            setattr(module, name, torch.empty_like(buffer, device=device))
+    model.initialize_weights()

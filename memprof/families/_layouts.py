@@ -12,12 +12,12 @@ import dataclasses
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from memprof.errors import WeightsError
 from memprof.families import Card, Family
 
 # -- configurations --------------------------------------------------------------------------------------------------------
@@ -48,15 +48,20 @@ def config_of(family: Family, card: Card, raw: Mapping[str, Any], special: Mappi
         special: Ids of the tokenizer's special tokens, where the checkpoint has one.
 
     Raises:
-        WeightsError: The file describes another family, or a variant memprof does not run.
+        ValueError: The file describes another family, or a variant memprof does not run.
         KeyError: It lacks an entry.
     """
-    own = type(family.config(card))
-    if raw.get("model_type") == "internvl_chat" and own.model_type == "internvl":
-        return own(**_original_internvl(card, raw, special))
-    if raw.get("model_type") != own.model_type:
-        raise WeightsError(f"describes a model of type {raw.get('model_type')!r}, and {card.name} is {own.model_type!r}")
-    return own.from_dict(dict(raw))
+    own = family.config(card)
+    kind = raw.get("model_type")
+    if kind == "internvl_chat" and own.model_type == "internvl":
+        config = type(own)(**_original_internvl(card, raw, special))
+    elif kind == own.model_type:
+        config = type(own).from_dict(dict(raw))
+    else:
+        raise ValueError(f"this is a model of type {kind!r}, and {card.name} is {own.model_type!r}")
+    if type(config.vision_config) is not type(own.vision_config):
+        raise ValueError(f"its vision tower is of type {config.vision_config.model_type!r}, which {card.name} has not")
+    return config
 
 
 def card_of(card: Card, own: Any, config: Any, raw: Mapping[str, Any], where: Path, *, tied: bool) -> Card:
@@ -70,20 +75,18 @@ def card_of(card: Card, own: Any, config: Any, raw: Mapping[str, Any], where: Pa
         where: The checkpoint.
         tied: Whether the output embedding is the input embedding.
     """
-    if type(config.vision_config) is not type(own.vision_config):
-        raise WeightsError(f"describes a vision tower of type {config.vision_config.model_type!r}, which {card.name} has not")
-    text = {**_numbers(config.text_config), "model_type": config.text_config.model_type, "tie_word_embeddings": tied}
     same = all(
         getattr(mine, key, None) == getattr(theirs, key, None)
         for mine, theirs in ((own.text_config, config.text_config), (own.vision_config, config.vision_config))
         for key in _SIZES
     )
+    named = str(raw.get("dtype") or raw.get("torch_dtype")).removeprefix("torch.")
     return dataclasses.replace(
         card,
-        title=card.title if same else f"{card.title} as in {where.stem if where.is_file() else where.name}",
-        dtype=_dtype(raw) or card.dtype,
+        title=card.title if same else f"{card.title} as in {where.name}",
+        dtype=named if named in ("bfloat16", "float16", "float32") else card.dtype,
         source=f"configuration file of {where}",
-        text=text,
+        text={"model_type": config.text_config.model_type, **_numbers(config.text_config), "tie_word_embeddings": tied},
         vision=_numbers(config.vision_config),
         extra={key: getattr(config, key) for key in dict.fromkeys((*card.extra, *_JOINT))},
         max_tiles=int(raw.get("max_dynamic_patch", card.max_tiles)) if raw.get("dynamic_image_size", True) else 1,
@@ -95,12 +98,6 @@ def _numbers(config: Any) -> dict[str, Any]:
     from transformers import PreTrainedConfig
 
     return {k: v for k, v in config.to_dict().items() if k not in PreTrainedConfig().to_dict() and k != "model_type"}
-
-
-def _dtype(raw: Mapping[str, Any]) -> str | None:
-    """The dtype a checkpoint was published in, if memprof can run it."""
-    named = str(raw.get("dtype") or raw.get("torch_dtype")).removeprefix("torch.")
-    return named if named in ("bfloat16", "float16", "float32") else None
 
 
 def _original_internvl(card: Card, raw: Mapping[str, Any], special: Mapping[str, int]) -> dict[str, Any]:
@@ -117,7 +114,7 @@ def _original_internvl(card: Card, raw: Mapping[str, Any], special: Mapping[str,
         ("force_image_size", size, (vision["image_size"],)),
     ):
         if found not in known:
-            raise WeightsError(f"has {what} {found!r}; memprof runs {' or '.join(map(repr, known))}")
+            raise ValueError(f"{what} {found!r} is not read; memprof reads {' or '.join(map(repr, known))}")
     text = {key: llm[key] for key in _TEXT} | {key: llm[key] for key in _TEXT_MAY if key in llm}
     if llm["model_type"] != "qwen2":  # whose attention always has biases
         text["attention_bias"] = bool(llm.get("bias") or llm.get("attention_bias"))
@@ -221,29 +218,23 @@ def pieces_of(stored: str, config: Any) -> list[Piece]:
     if _MADE.search(stored):
         return []
     name = name_of(stored, config.model_type)
-    for fused, split in ((".attention.wqkv.", _grouped(config.text_config)), (".attention.qkv.", _thirds())):
-        if fused in name:
-            attention, kind = (".self_attn.", name.rpartition(".")[2]) if "wqkv" in fused else (".attention.", name.rpartition(".")[2])
-            block = name.partition(fused)[0]
-            return [Piece(f"{block}{attention}{part}_proj.{kind}", take) for part, take in split.items()]
+    for fused, attention, part in ((".attention.qkv.", ".attention.", _third), (".attention.wqkv.", ".self_attn.", _grouped)):
+        block, found, kind = name.partition(fused)
+        if found:
+            return [
+                Piece(f"{block}{attention}{which}_proj.{kind}", partial(part, config.text_config, number))
+                for number, which in enumerate("qkv")
+            ]
     return [Piece(name, lambda tensor: tensor)]
 
 
-def _thirds() -> dict[str, Take]:
+def _third(_: Any, which: int, fused: torch.Tensor) -> torch.Tensor:
     """The vision tower's ``qkv``: query, key and value, one below the other."""
-    return {part: lambda t, i=i: t.unflatten(0, (3, -1))[i] for i, part in enumerate("qkv")}
+    return fused.unflatten(0, (3, -1))[which]
 
 
-def _grouped(text: Any) -> dict[str, Take]:
+def _grouped(text: Any, which: int, fused: torch.Tensor) -> torch.Tensor:
     """InternLM2's ``wqkv``: for each KV head its query heads, then its key, then its value, ``head_dim`` rows each."""
     queries = text.num_attention_heads // text.num_key_value_heads
-
-    def heads(t: torch.Tensor, which: slice) -> torch.Tensor:
-        grouped = t.unflatten(0, (text.num_key_value_heads, queries + 2, -1))
-        return grouped[:, which].flatten(0, 2)
-
-    return {
-        "q": lambda t: heads(t, slice(0, queries)),
-        "k": lambda t: heads(t, slice(queries, queries + 1)),
-        "v": lambda t: heads(t, slice(queries + 1, queries + 2)),
-    }
+    rows = (slice(queries), slice(queries, queries + 1), slice(queries + 1, None))[which]
+    return fused.unflatten(0, (text.num_key_value_heads, queries + 2, text.head_dim))[:, rows].flatten(0, 2)

@@ -5,17 +5,21 @@ InternLM2 is Llama with a fused ``wqkv``, so InternVL2-2B runs as ``InternVLForC
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
 
 from memprof.families import Card, Family, PromptShape
+from memprof.families._text import INTERNLM2_CHAT, INTERNVL2_5_CHAT, INTERNVL_HF_CHAT, Chat, Special, encode_parts
 from memprof.families._tiling import choose_grid, cut_tiles, normalise
 
 if TYPE_CHECKING:
     from PIL import Image
     from transformers import PreTrainedConfig
+
+    from memprof.families._text import Part, Tokenizer
 
 #: InternViT-300M-448px: 24 layers, qkv bias, no qk-norm, LayerNorm. With CLS and 32 x 32 patches it runs 1,025
 #: positions.
@@ -107,11 +111,11 @@ class InternVL(Family):
         from transformers import AutoConfig, InternVLConfig
         from transformers.models.internvl.configuration_internvl import InternVLVisionConfig
 
-        text = dict(card.text)
+        text = {"tie_word_embeddings": False, **card.text}
         return InternVLConfig(
             vision_config=InternVLVisionConfig(**card.vision),
-            text_config=AutoConfig.for_model(text.pop("model_type"), tie_word_embeddings=False, **text),
-            tie_word_embeddings=False,
+            text_config=AutoConfig.for_model(text.pop("model_type"), **text),
+            tie_word_embeddings=text["tie_word_embeddings"],
             **card.extra,
         )
 
@@ -139,3 +143,32 @@ class InternVL(Family):
     def image_token(self, card: Card) -> int:
         """Id of ``<IMG_CONTEXT>``."""
         return int(card.extra["image_token_id"])
+
+    def prompt(self, card: Card, question: str, shape: PromptShape, tokenizer: Tokenizer) -> list[int]:
+        """The image (none where ``shape`` has no visual tokens), a newline, the question, in the model's chat template."""
+        image = (*self.image(card, shape.visual_tokens), "\n") if shape.visual_tokens else ()
+        return self.conversation(card, [((*image, question), None)], tokenizer)
+
+    def image(self, card: Card, visual_tokens: int) -> tuple[Part, ...]:
+        """How an image of ``visual_tokens`` stands in a prompt."""
+        return Special("<img>"), Special(self.image_token(card), visual_tokens), Special("</img>")
+
+    def conversation(
+        self, card: Card, turns: Sequence[tuple[Sequence[Part], str | None]], tokenizer: Tokenizer
+    ) -> list[int]:
+        """Token ids of a whole conversation.
+
+        Args:
+            card: The model.
+            turns: What the user sent, as text and :meth:`image` parts in any order and number, and what the model answered;
+                None where it is to answer now.
+            tokenizer: The checkpoint's.
+        """
+        return encode_parts(_chat_of(card).parts(turns), tokenizer)
+
+
+def _chat_of(card: Card) -> Chat:
+    """The chat template a model was tuned on."""
+    if card.hub.endswith("-hf"):
+        return INTERNVL_HF_CHAT
+    return INTERNLM2_CHAT if card.name.startswith("internvl2-") else INTERNVL2_5_CHAT

@@ -8,11 +8,14 @@ import numpy as np
 import numpy.typing as npt
 
 from memprof.families import Card, Family, PromptShape
+from memprof.families._text import Part, Special, encode_parts
 from memprof.families._tiling import normalise
 
 if TYPE_CHECKING:
     from PIL import Image
     from transformers import PreTrainedConfig
+
+    from memprof.families._text import Tokenizer
 
 #: Mean and standard deviation CLIP normalises by.
 CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
@@ -51,12 +54,13 @@ class Llava(Family):
 
     def config(self, card: Card) -> PreTrainedConfig:
         """The ``LlavaConfig`` of ``card``."""
-        from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig
+        from transformers import AutoConfig, CLIPVisionConfig, LlavaConfig
 
+        text = {"model_type": "llama", "tie_word_embeddings": False, **card.text}
         return LlavaConfig(
             vision_config=CLIPVisionConfig(**card.vision),
-            text_config=LlamaConfig(tie_word_embeddings=False, **card.text),
-            tie_word_embeddings=False,
+            text_config=AutoConfig.for_model(text.pop("model_type"), **text),
+            tie_word_embeddings=text["tie_word_embeddings"],
             **card.extra,
         )
 
@@ -89,3 +93,11 @@ class Llava(Family):
     def image_token(self, card: Card) -> int:
         """Id of ``<image>``."""
         return int(card.extra["image_token_index"])
+
+    def prompt(self, card: Card, question: str, shape: PromptShape, tokenizer: Tokenizer) -> list[int]:
+        """``USER: <image>``, a newline, the question, `` ASSISTANT:``; without the image where ``shape`` has none.
+
+        Source: the chat template of llava-hf/llava-1.5-7b-hf.
+        """
+        image: tuple[Part, ...] = (Special(self.image_token(card), shape.visual_tokens), "\n") if shape.visual_tokens else ()
+        return encode_parts(["USER: ", *image, question, " ASSISTANT:"], tokenizer)
