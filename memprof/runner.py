@@ -18,14 +18,14 @@ from torch import nn
 from memprof import scopes
 from memprof.anatomy import anatomy
 from memprof.environment import environment
-from memprof.errors import BadValue, MemprofError
+from memprof.errors import BadValue, MemprofError, UnknownName
 from memprof.families import Card, Family, PromptShape, find_model
 from memprof.families._build import build_model
 from memprof.meters import METERS, Meter, weights_of
 from memprof.profiler import Profiler
 from memprof.pruning import Pruner, build_pruner, method_spec, visual_flops_cut
 from memprof.pruning.surgery import Layout, Surgery
-from memprof.records import Run, RunRecord, RunSpec, SampleRecord, summarize
+from memprof.records import STACKS, Run, RunRecord, RunSpec, SampleRecord, summarize
 from memprof.stacks import Stack
 from memprof.store import RunFolder
 from memprof.tasks import TASKS, Sample, Task
@@ -173,6 +173,9 @@ def complete_spec(spec: RunSpec) -> tuple[RunSpec, Pruner, Task]:
     pruner = build_pruner(spec.method, spec.stack)
     layers = int(card.text["num_hidden_layers"])
     pruner.stages(1_000, layers)
+    if spec.stack not in STACKS:
+        raise UnknownName("stack", spec.stack, STACKS)
+    METERS.load(spec.device)
     if spec.max_new_tokens < 1:
         raise BadValue(f"max_new_tokens={spec.max_new_tokens} is below 1")
     if spec.max_tiles is not None and spec.max_tiles < 1:

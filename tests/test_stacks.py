@@ -38,8 +38,10 @@ def test_paper_stack_makes_the_logits_of_all_positions_twice(family: str, device
 def test_hooks_are_taken_back() -> None:
     kind, card, model = tiny_model("internvl")
     before = state_of(model)
-    with pytest.raises(ZeroDivisionError), Stack(model, "paper"):
+    with Stack(model, "paper"):
         model.generate(**place(tiny_prompt(kind, card), model), max_new_tokens=1, do_sample=False)
+    assert state_of(model) == before
+    with pytest.raises(ZeroDivisionError), Stack(model, "paper"):
         raise ZeroDivisionError
     assert state_of(model) == before
 

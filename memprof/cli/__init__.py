@@ -10,8 +10,8 @@ import importlib
 import os
 import pkgutil
 import sys
+from typing import Any
 
-import click
 import typer
 
 from memprof import __version__
@@ -26,6 +26,10 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
+
+
+# Newer typers carry a click of their own, older ones need the package: this is the base of the errors of whichever it is.
+_CLICK_ERROR: Any = next(c for c in typer.BadParameter.__mro__ if c.__name__ == "ClickException")
 
 
 def _version(show: bool) -> None:
@@ -56,14 +60,14 @@ def main(argv: list[str] | None = None) -> None:
     if not app.registered_commands:
         _register()
     try:
-        code = app(args=argv, standalone_mode=False)
+        code = app(args=argv, prog_name="memprof", standalone_mode=False)
     except MemprofError as error:
         sys.stderr.write(f"memprof: {error}\n")
         code = error.exit_code
-    except click.ClickException as error:
+    except _CLICK_ERROR as error:
         sys.stderr.write(f"memprof: {error.format_message()}\n")
         code = error.exit_code
-    except (KeyboardInterrupt, click.Abort):
+    except (KeyboardInterrupt, typer.Abort):
         sys.stderr.write("memprof: interrupted; finished samples are kept, --resume goes on\n")
         code = 130
     except BrokenPipeError:

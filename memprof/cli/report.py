@@ -39,6 +39,7 @@ def report(
     from memprof.errors import MemprofError
     from memprof.store import find_runs
 
+    reports.check(format)
     how = {}
     if format == "table":
         how = {"colour": output is None and sys.stdout.isatty() and not os.environ.get("NO_COLOR")}

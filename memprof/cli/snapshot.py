@@ -31,6 +31,12 @@ def snapshot(
     """Tell who held the peak of a CUDA memory snapshot, how fragmented it was, and what other settings would save.
 
     The file is read without running anything in it: whatever is not plain data is refused.
+
+    Examples:
+
+    memprof snapshot memory.pickle
+
+    memprof snapshot memory.pickle --what-if expandable_segments=True --json
     """
     from memprof.analysis.snapshot import analyse
     from memprof.units import check_unit

@@ -1,8 +1,8 @@
 """Weights from a checkpoint, straight to the device and dtype asked for.
 
-The module is built without storage; every check on names, shapes and files is made on headers alone; then each tensor is
-copied from the mapped file into a parameter made where the model is to be, one at a time, so that host memory never holds
-the checkpoint twice. Only safetensors are read, and no code that a checkpoint brings is ever run.
+The module is built without storage; every check on names, shapes and files is made on headers alone; then each tensor
+is copied from the mapped file into a parameter made where the model is to be, one at a time, so that host memory never
+holds the checkpoint twice. Only safetensors are read, and no code that a checkpoint brings is ever run.
 """
 
 from __future__ import annotations
@@ -29,8 +29,9 @@ _FLOATS = ("F64", "F32", "F16", "BF16")
 def card_from_checkpoint(family: Family, card: Card, weights: str) -> Card:
     """``card`` as the checkpoint's own ``config.json`` has it; the same card where there is no such file.
 
-    The file decides and the card only fills in what it leaves out, so that what is recorded about a model is true of the
-    weights that run. Where sizes differ from the card's the title says whose they are.
+    The file decides and the card only fills in what it leaves out, so that what is recorded about a model is true of
+    the weights that run. Where sizes differ from the card's, the title says whose they are. The folder need not hold
+    weights: a configuration is enough for a prediction.
 
     Args:
         family: The family ``card`` is of.
@@ -43,7 +44,8 @@ def card_from_checkpoint(family: Family, card: Card, weights: str) -> Card:
     if weights == "random":
         return card
     where = locate(weights, card.hub)
-    return _card_at(family, card, where, None)
+    stored = stored_tensors(where) if any(folder_of(where).glob("*.safetensors")) else {}
+    return _card_at(family, card, weights, where, stored)
 
 
 def config_from_checkpoint(family: Family, card: Card, weights: str) -> Any:
@@ -56,8 +58,9 @@ def load_checkpoint(
 ) -> nn.Module:
     """The model with its published weights, ready to generate.
 
-    Layouts: the original InternVL one (OpenGVLab, over InternLM2, Llama or Qwen2), ``-hf`` InternVL, and llava-hf, one file or
-    many. Sizes follow the checkpoint's ``config.json`` (:func:`card_from_checkpoint`), the card where there is none.
+    Layouts: the original InternVL one (OpenGVLab, over InternLM2, Llama or Qwen2), ``-hf`` InternVL, and llava-hf, in
+    one file or many; of other families, transformers' own names. Sizes follow the checkpoint's ``config.json``
+    (:func:`card_from_checkpoint`), the card where there is none.
 
     Args:
         family: The family ``card`` is of.
@@ -68,12 +71,12 @@ def load_checkpoint(
         attention: Attention of the language model, or of each tower by configuration name.
 
     Raises:
-        WeightsError: A file missing, truncated or not safetensors; a tensor missing, of the wrong shape, or of another model.
-            One line that names the tensor and the file.
+        WeightsError: A file missing, truncated or not safetensors; a tensor missing, of the wrong shape, or of another
+            model. One line that names the tensor and the file.
     """
     where = locate(weights, card.hub)
     stored = stored_tensors(where)
-    card = _card_at(family, card, where, stored)
+    card = _card_at(family, card, weights, where, stored)
     config = family.config(card)
     model = _without_storage(config, dtype_of(dtype), attention)
     plan = _plan(card, config, model, where, stored)
@@ -83,11 +86,12 @@ def load_checkpoint(
     _fill_buffers(model, device)
     model.generation_config.eos_token_id = card.text.get("eos_token_id")
     model.generation_config.pad_token_id = card.text.get("pad_token_id")
-    return model.eval()  # type: ignore[no-any-return]
+    ready: nn.Module = model.eval()
+    return ready
 
 
-def _card_at(family: Family, card: Card, where: Path, stored: Mapping[str, Stored] | None) -> Card:
-    """The card of the checkpoint at ``where``, whose tensors are ``stored`` (None: not looked at yet)."""
+def _card_at(family: Family, card: Card, weights: str, where: Path, stored: Mapping[str, Stored]) -> Card:
+    """The card of the checkpoint at ``where``, whose tensors are ``stored`` and which the user calls ``weights``."""
     file = folder_of(where) / "config.json"
     raw = read_json(file)
     if raw is None:
@@ -101,9 +105,8 @@ def _card_at(family: Family, card: Card, where: Path, stored: Mapping[str, Store
         text = raw.get("text_config") or raw.get("llm_config") or {}
         tied = bool(text.get("tie_word_embeddings", raw.get("tie_word_embeddings", False)))
         if tied:  # some say so and store both
-            names = stored_tensors(where) if stored is None else stored
-            tied = all(name_of(name, own.model_type) != "lm_head.weight" for name in names)
-        return card_of(card, own, config, raw, where, tied=tied)
+            tied = all(name_of(name, own.model_type) != "lm_head.weight" for name in stored)
+        return card_of(card, own, config, raw, card.hub if weights == "hub" else str(where), tied=tied)
     except KeyError as error:
         raise WeightsError(f"{file}: {error} is missing") from None
     except (TypeError, ValueError, AttributeError, StrictDataclassError) as error:
@@ -134,7 +137,9 @@ def _plan(
                 raise WeightsError(f"tensor {tensor.name!r} in {tensor.file} is no part of {card.title}")
             if piece.target in filled:
                 twin = filled[piece.target]
-                raise WeightsError(f"tensors {twin.name!r} in {twin.file} and {tensor.name!r} in {tensor.file} are the same")
+                raise WeightsError(
+                    f"tensors {twin.name!r} in {twin.file} and {tensor.name!r} in {tensor.file} are one and the same"
+                )
             _check(card, tensor, piece, wanted[piece.target])
             filled[piece.target] = tensor
         if pieces:
@@ -157,18 +162,17 @@ def _check(card: Card, tensor: Stored, piece: Piece, parameter: torch.Tensor) ->
     except (RuntimeError, IndexError):
         shape = None
     if shape != parameter.shape:
-        part = "" if tuple(shape or ()) == tensor.shape else f", of which {tuple(shape)} is" if shape else ""
         raise WeightsError(
-            f"tensor {tensor.name!r} in {tensor.file} has shape {tensor.shape}{part}, and {piece.target!r} of {card.title} "
-            f"needs {tuple(parameter.shape)}"
+            f"tensor {tensor.name!r} in {tensor.file} has shape {tensor.shape}, from which {piece.target!r} of "
+            f"{card.title} cannot have its {tuple(parameter.shape)}"
         )
 
 
 def _read(model: nn.Module, tensor: Stored, pieces: list[Piece], dtype: torch.dtype, device: str) -> None:
     """Fill the parameters that ``tensor`` holds.
 
-    The file is mapped anew for each tensor: its pages leave the process with the mapping, so what it holds of the checkpoint
-    beside the model is one tensor.
+    The file is mapped anew for each tensor: its pages leave the process with the mapping, so what it holds of the
+    checkpoint beside the model is one tensor.
     """
     from safetensors import SafetensorError, safe_open
 
@@ -187,7 +191,7 @@ def _read(model: nn.Module, tensor: Stored, pieces: list[Piece], dtype: torch.dt
 
 
 def _fill_buffers(model: Any, device: str) -> None:
-    """Make the buffers that no checkpoint stores, such as rotary tables, by the model's own rules and in their own dtypes."""
+    """Make what no checkpoint stores, such as rotary tables, by the model's own rules and in its own dtypes."""
     for parameter in model.parameters():
         parameter._is_hf_initialized = True  # transformers then leaves it alone
     for module in model.modules():

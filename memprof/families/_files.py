@@ -1,4 +1,4 @@
-"""Checkpoint files: where they are and which tensors stand in them. Headers alone are read here, so nothing loads torch."""
+"""Checkpoint files: where they are and which tensors stand in them. Only headers are read here; nothing loads torch."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def locate(weights: str, hub: str, files: Sequence[str] = CHECKPOINT_FILES) -> P
     if weights != "hub":
         path = Path(weights).expanduser()
         if not path.exists():
-            raise WeightsError(f"no checkpoint at {path}; --weights takes random, hub, a folder, or a .safetensors file")
+            raise WeightsError(f"no checkpoint at {path}; --weights takes random, hub, a folder or a .safetensors file")
         return path
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import GatedRepoError, LocalEntryNotFoundError, RepositoryNotFoundError
@@ -60,8 +60,8 @@ def locate(weights: str, hub: str, files: Sequence[str] = CHECKPOINT_FILES) -> P
         return Path(snapshot_download(hub, allow_patterns=list(files)))
     except LocalEntryNotFoundError:
         raise WeightsError(
-            f"{hub} is not in the Hugging Face cache and the hub cannot be reached (offline, or HF_HUB_OFFLINE is set); "
-            "fetch it where there is a network, or give --weights PATH"
+            f"{hub} is not in the Hugging Face cache and the hub cannot be reached (no network, or HF_HUB_OFFLINE is "
+            "set); fetch it where there is a network, or give --weights PATH"
         ) from None
     except GatedRepoError:
         raise WeightsError(f"{hub} is gated: accept its terms on the hub, then log in with `hf auth login`") from None

@@ -1,9 +1,8 @@
 """What checkpoints call things: their configuration as a card, their tensors as transformers names them.
 
-InternVL comes in two layouts. The original one (OpenGVLab, ``internvl_chat``) has a fused ``qkv`` in the vision tower and,
-over InternLM2, a fused ``wqkv`` in the language model; the ``-hf`` one is transformers' own. Names were read off
-``modeling_internvl_chat.py`` and ``modeling_internlm2.py`` of OpenGVLab/InternVL at commit 2410d1d and are held to that code's
-numbers by the tests; that code itself is never run.
+InternVL comes in two layouts. The original one (OpenGVLab, ``internvl_chat``) has a fused ``qkv`` in the vision tower
+and, over InternLM2, a fused ``wqkv`` in the language model; the ``-hf`` one is transformers' own. The conversion is held
+to the numbers that OpenGVLab/InternVL at commit 2410d1d gives by the tests; that code itself is never run.
 """
 
 from __future__ import annotations
@@ -19,8 +18,9 @@ from typing import Any
 import torch
 
 from memprof.families import Card, Family
+from memprof.families._text import CHATS
 
-# -- configurations --------------------------------------------------------------------------------------------------------
+# -- configurations ----------------------------------------------------------------------------------------------------
 
 #: Language models of the original InternVL layout, and the transformers model that runs each.
 _RUN_AS = {"internlm2": "llama", "llama": "llama", "qwen2": "qwen2"}
@@ -28,7 +28,10 @@ _TEXT = (
     "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads",
     "max_position_embeddings", "rms_norm_eps", "hidden_act",
 )  # fmt: skip
-_TEXT_MAY = ("head_dim", "bos_token_id", "eos_token_id", "pad_token_id", "use_sliding_window", "sliding_window", "max_window_layers")
+_TEXT_MAY = (
+    "head_dim", "bos_token_id", "eos_token_id", "pad_token_id", "use_sliding_window", "sliding_window",
+    "max_window_layers",
+)  # fmt: skip
 _VISION = (
     "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "hidden_act", "layer_norm_eps",
 )  # fmt: skip
@@ -56,7 +59,7 @@ def config_of(family: Family, card: Card, raw: Mapping[str, Any], special: Mappi
     if kind == "internvl_chat" and own.model_type == "internvl":
         config = type(own)(**_original_internvl(card, raw, special))
     elif kind == own.model_type:
-        config = type(own).from_dict(dict(raw))
+        config = type(own).from_dict(dict(raw) | ({"chat": "hf"} if "chat" in card.extra else {}))
     else:
         raise ValueError(f"this is a model of type {kind!r}, and {card.name} is {own.model_type!r}")
     if type(config.vision_config) is not type(own.vision_config):
@@ -64,7 +67,7 @@ def config_of(family: Family, card: Card, raw: Mapping[str, Any], special: Mappi
     return config
 
 
-def card_of(card: Card, own: Any, config: Any, raw: Mapping[str, Any], where: Path, *, tied: bool) -> Card:
+def card_of(card: Card, own: Any, config: Any, raw: Mapping[str, Any], where: str, *, tied: bool) -> Card:
     """``card`` with the numbers of ``config``; where its sizes are others, its title says whose they are.
 
     Args:
@@ -72,7 +75,7 @@ def card_of(card: Card, own: Any, config: Any, raw: Mapping[str, Any], where: Pa
         own: Its own configuration.
         config: What the checkpoint at ``where`` says (:func:`config_of`).
         raw: The checkpoint's ``config.json``.
-        where: The checkpoint.
+        where: The checkpoint, as the user calls it.
         tied: Whether the output embedding is the input embedding.
     """
     same = all(
@@ -83,12 +86,12 @@ def card_of(card: Card, own: Any, config: Any, raw: Mapping[str, Any], where: Pa
     named = str(raw.get("dtype") or raw.get("torch_dtype")).removeprefix("torch.")
     return dataclasses.replace(
         card,
-        title=card.title if same else f"{card.title} as in {where.name}",
+        title=card.title if same else f"{card.title} as in {Path(where).name}",
         dtype=named if named in ("bfloat16", "float16", "float32") else card.dtype,
         source=f"configuration file of {where}",
         text={"model_type": config.text_config.model_type, **_numbers(config.text_config), "tie_word_embeddings": tied},
         vision=_numbers(config.vision_config),
-        extra={key: getattr(config, key) for key in dict.fromkeys((*card.extra, *_JOINT))},
+        extra={**card.extra, **{key: getattr(config, key) for key in (*card.extra, *_JOINT) if hasattr(config, key)}},
         max_tiles=int(raw.get("max_dynamic_patch", card.max_tiles)) if raw.get("dynamic_image_size", True) else 1,
     )
 
@@ -112,14 +115,15 @@ def _original_internvl(card: Card, raw: Mapping[str, Any], special: Mapping[str,
         ("select_layer", raw.get("select_layer", -1), (-1,)),
         ("ps_version", raw.get("ps_version", "v2"), ("v2",)),
         ("force_image_size", size, (vision["image_size"],)),
+        ("template", raw.get("template", "internlm2-chat"), tuple(CHATS)),
     ):
         if found not in known:
             raise ValueError(f"{what} {found!r} is not read; memprof reads {' or '.join(map(repr, known))}")
     text = {key: llm[key] for key in _TEXT} | {key: llm[key] for key in _TEXT_MAY if key in llm}
     if llm["model_type"] != "qwen2":  # whose attention always has biases
         text["attention_bias"] = bool(llm.get("bias") or llm.get("attention_bias"))
-    # InternVL adds its tokens behind the vocabulary, so a checkpoint that brings no tokenizer has them where the card has
-    # them, counted from the end. A turn ends with <|im_end|>; the file's own eos_token_id never comes in a chat.
+    # InternVL adds its tokens behind the vocabulary, so a checkpoint that brings no tokenizer has them where the card
+    # has them, counted from the end. A turn ends with <|im_end|>; the file's own eos_token_id never comes in a chat.
     behind = int(llm["vocab_size"]) - int(card.text["vocab_size"])
     text["eos_token_id"] = special.get("<|im_end|>", int(card.text["eos_token_id"]) + behind)
     return {
@@ -135,16 +139,17 @@ def _original_internvl(card: Card, raw: Mapping[str, Any], special: Mapping[str,
         ),
         "image_token_id": special.get("<IMG_CONTEXT>", int(card.extra["image_token_id"]) + behind),
         "downsample_ratio": raw["downsample_ratio"],
+        "chat": raw.get("template", "internlm2-chat"),
     }
 
 
 def _rope(llm: Mapping[str, Any]) -> dict[str, Any]:
     """Rotary settings as transformers 5 writes them.
 
-    InternVL2 asks for dynamic NTK with factor 2, which changes nothing within ``max_position_embeddings``. Beyond, the base
-    grows with the longest position seen, here as in the reference. The reference keeps the grown table for every later, shorter
-    prompt; that fault is not copied: a prompt within ``max_position_embeddings`` always gets the plain table. (Between prompts
-    that are all beyond it, transformers keeps the longest one's.)
+    InternVL2 asks for dynamic NTK with factor 2, which changes nothing within ``max_position_embeddings``. Beyond, the
+    base grows with the longest position seen, here as in the reference. The reference keeps the grown table for every
+    later, shorter prompt; that fault is not copied: a prompt within ``max_position_embeddings`` always gets the plain
+    table. (Among prompts that are all beyond it, transformers keeps the longest one's.)
     """
     scaling = dict(llm.get("rope_scaling") or {})
     kind = scaling.pop("rope_type", None) or scaling.pop("type", "default")
@@ -152,7 +157,7 @@ def _rope(llm: Mapping[str, Any]) -> dict[str, Any]:
     return {"rope_type": kind, "rope_theta": float(llm["rope_theta"]), **scaling}
 
 
-# -- tensors ---------------------------------------------------------------------------------------------------------------
+# -- tensors -----------------------------------------------------------------------------------------------------------
 
 Take = Callable[[torch.Tensor], torch.Tensor]
 
@@ -218,7 +223,7 @@ def pieces_of(stored: str, config: Any) -> list[Piece]:
     if _MADE.search(stored):
         return []
     name = name_of(stored, config.model_type)
-    for fused, attention, part in ((".attention.qkv.", ".attention.", _third), (".attention.wqkv.", ".self_attn.", _grouped)):
+    for fused, attention, part in _FUSED:
         block, found, kind = name.partition(fused)
         if found:
             return [
@@ -230,11 +235,16 @@ def pieces_of(stored: str, config: Any) -> list[Piece]:
 
 def _third(_: Any, which: int, fused: torch.Tensor) -> torch.Tensor:
     """The vision tower's ``qkv``: query, key and value, one below the other."""
-    return fused.unflatten(0, (3, -1))[which]
+    return fused.view(3, -1, *fused.shape[1:])[which]
 
 
 def _grouped(text: Any, which: int, fused: torch.Tensor) -> torch.Tensor:
     """InternLM2's ``wqkv``: for each KV head its query heads, then its key, then its value, ``head_dim`` rows each."""
     queries = text.num_attention_heads // text.num_key_value_heads
     rows = (slice(queries), slice(queries, queries + 1), slice(queries + 1, None))[which]
-    return fused.unflatten(0, (text.num_key_value_heads, queries + 2, text.head_dim))[:, rows].flatten(0, 2)
+    grouped = fused.view(text.num_key_value_heads, queries + 2, text.head_dim, *fused.shape[1:])
+    return grouped[:, rows].flatten(0, 2)
+
+
+#: What fused tensors are called once renamed, where their parts belong, and how they are taken out.
+_FUSED = ((".attention.qkv.", ".attention.", _third), (".attention.wqkv.", ".self_attn.", _grouped))

@@ -1,15 +1,15 @@
 """From a question to token ids and back, by the tokenizer files of the user's checkpoint. No remote code.
 
 A prompt is written as parts: runs of text, and special tokens by name or id. Text is encoded run by run between special
-tokens, as the reference's tokenizers do, and is text whatever it says: ``<|im_end|>`` inside a question does not end a turn.
-(In the reference it does, and a literal ``<IMG_CONTEXT>`` breaks it.)
+tokens, as the reference's tokenizers do, and is text whatever it says: ``<|im_end|>`` inside a question does not end a
+turn. (In the reference it does, and a literal ``<IMG_CONTEXT>`` breaks it.)
 """
 
 from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
@@ -19,7 +19,7 @@ from memprof.errors import WeightsError
 from memprof.families import Card
 from memprof.families._files import TOKENIZER_FILES, folder_of, locate, read_json
 
-# -- tokenizers ------------------------------------------------------------------------------------------------------------
+# -- tokenizers --------------------------------------------------------------------------------------------------------
 
 
 class Tokenizer(Protocol):
@@ -38,7 +38,7 @@ class Tokenizer(Protocol):
     def decode(self, ids: Iterable[int]) -> str:
         """The answer ``ids`` spell: special tokens left out, white space at both ends too.
 
-        Ids behind an end-of-turn token count: ``generate()`` stops there by itself, and the reference cuts nothing either.
+        Ids behind an end-of-turn token count: ``generate()`` stops there by itself, and the reference cuts nothing.
         """
 
 
@@ -136,7 +136,9 @@ class _SentencePiece(_Base):
             if self._model.is_control(id) or self._model.is_unknown(id):
                 self._special.setdefault(self._model.id_to_piece(id), id)
         self._dropped = set(self._special.values())
-        self._spelt = {id: self._model.id_to_piece(id) for id in self._dropped if id < size and not self._model.is_unknown(id)}
+        self._spelt = {
+            id: self._model.id_to_piece(id) for id in self._dropped if id < size and not self._model.is_unknown(id)
+        }
         config = read_json(folder / "tokenizer_config.json") or {}
         self.prefix = [self._model.bos_id()] if config.get("add_bos_token", True) else []
 
@@ -174,7 +176,7 @@ class _Json(_Base):
         return str(self._model.decode(ids, skip_special_tokens=False))
 
 
-# -- prompts ---------------------------------------------------------------------------------------------------------------
+# -- prompts -----------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -215,7 +217,7 @@ class Chat:
     between: str
 
     def parts(self, turns: Sequence[tuple[Sequence[Part], str | None]]) -> list[Part]:
-        """A conversation: each turn is what the user sent and what the model answered, None where it is to answer now."""
+        """A conversation: each turn is what the user sent and what the model answered, None if it is to answer now."""
         said: list[tuple[str, Sequence[Part]]] = [] if self.system is None else [("system", [self.system])]
         for user, answer in turns:
             said.append(("user", user))
@@ -227,13 +229,18 @@ class Chat:
         return [*parts, Special("<|im_start|>"), "assistant\n"]
 
 
-#: ``internlm2-chat`` of the reference's conversation.py: nothing stands between two turns.
-INTERNLM2_CHAT = Chat(
-    "你是由上海人工智能实验室联合商汤科技开发的书生多模态大模型，英文名叫InternVL, 是一个有用无害的人工智能助手。", between=""
-)
-#: ``internvl2_5`` of the same file.
-INTERNVL2_5_CHAT = Chat(
-    "你是书生·万象，英文名是InternVL，是由上海人工智能实验室、清华大学及多家合作单位联合开发的多模态大语言模型。", between="\n"
-)
-#: The chat template of the ``-hf`` checkpoints: no system message unless the user writes one.
-INTERNVL_HF_CHAT = Chat(None, between="\n")
+#: By the names that conversation.py of OpenGVLab/InternVL (commit 2410d1d) gives them. ``hf`` is the chat template of the
+#: ``-hf`` checkpoints, which has no system message unless the user writes one.
+CHATS: Mapping[str, Chat] = {
+    "internlm2-chat": Chat(
+        "你是由上海人工智能实验室联合商汤科技开发的书生多模态大模型，英文名叫InternVL, "
+        "是一个有用无害的人工智能助手。",
+        between="",
+    ),
+    "internvl2_5": Chat(
+        "你是书生·万象，英文名是InternVL，是由上海人工智能实验室、清华大学及多家合作单位联合开发的"
+        "多模态大语言模型。",
+        between="\n",
+    ),
+    "hf": Chat(None, between="\n"),
+}

@@ -12,7 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from memprof.families import Card, Family, PromptShape
-from memprof.families._text import INTERNLM2_CHAT, INTERNVL2_5_CHAT, INTERNVL_HF_CHAT, Chat, Special, encode_parts
+from memprof.families._text import CHATS, Special, encode_parts
 from memprof.families._tiling import choose_grid, cut_tiles, normalise
 
 if TYPE_CHECKING:
@@ -62,6 +62,8 @@ _LLAMA3_70B = {
 }  # fmt: skip
 #: Id of ``<IMG_CONTEXT>`` in each tokenizer.
 _INTERNLM2_IMAGE, _QWEN2_IMAGE = 92546, 151667
+#: Chat template of each generation (:data:`memprof.families._text.CHATS`); InternVL3's cards name ``-hf`` checkpoints.
+_CHAT = {"InternVL2": "internlm2-chat", "InternVL2.5": "internvl2_5", "InternVL3": "hf"}
 _READ = "configuration file of the checkpoint"
 _RECALLED = "published sizes, not read off a file here; they give the published number of parameters"
 
@@ -80,7 +82,8 @@ def _card(
     # tokens are a thousandth of a prompt.
     card = Card(
         name=title.lower(), title=title, hub=hub, dtype="bfloat16", source=source, text=text, vision=vision,
-        extra={"image_token_id": image_token, "downsample_ratio": 0.5}, template=(41, 7), max_tiles=12,
+        extra={"image_token_id": image_token, "downsample_ratio": 0.5, "chat": _CHAT[title.partition("-")[0]]},
+        template=(41, 7), max_tiles=12,
     )  # fmt: skip
     return card.name, card
 
@@ -145,7 +148,7 @@ class InternVL(Family):
         return int(card.extra["image_token_id"])
 
     def prompt(self, card: Card, question: str, shape: PromptShape, tokenizer: Tokenizer) -> list[int]:
-        """The image (none where ``shape`` has no visual tokens), a newline, the question, in the model's chat template."""
+        """The image (if ``shape`` has visual tokens), a newline, the question, in the model's chat template."""
         image = (*self.image(card, shape.visual_tokens), "\n") if shape.visual_tokens else ()
         return self.conversation(card, [((*image, question), None)], tokenizer)
 
@@ -160,15 +163,8 @@ class InternVL(Family):
 
         Args:
             card: The model.
-            turns: What the user sent, as text and :meth:`image` parts in any order and number, and what the model answered;
-                None where it is to answer now.
+            turns: What the user sent, as text and :meth:`image` parts in any order and number, and what the model
+                answered; None where it is to answer now.
             tokenizer: The checkpoint's.
         """
-        return encode_parts(_chat_of(card).parts(turns), tokenizer)
-
-
-def _chat_of(card: Card) -> Chat:
-    """The chat template a model was tuned on."""
-    if card.hub.endswith("-hf"):
-        return INTERNVL_HF_CHAT
-    return INTERNLM2_CHAT if card.name.startswith("internvl2-") else INTERNVL2_5_CHAT
+        return encode_parts(CHATS[card.extra["chat"]].parts(turns), tokenizer)

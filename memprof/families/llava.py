@@ -99,5 +99,5 @@ class Llava(Family):
 
         Source: the chat template of llava-hf/llava-1.5-7b-hf.
         """
-        image: tuple[Part, ...] = (Special(self.image_token(card), shape.visual_tokens), "\n") if shape.visual_tokens else ()
+        image: list[Part] = [Special(self.image_token(card), shape.visual_tokens), "\n"] if shape.visual_tokens else []
         return encode_parts(["USER: ", *image, question, " ASSISTANT:"], tokenizer)

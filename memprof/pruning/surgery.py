@@ -27,6 +27,10 @@ from memprof.pruning.view import View
 
 Hook = Callable[..., Any]
 
+#: What FastV's first code, which masks, keeps from its cut to the end of its loop over the layers
+#: (``last_layer_attention`` and ``last_layer_attention_avg`` in pkunlp-icler/FastV, ``LlamaModel.forward``).
+_LOOP_HOLDS = ("ranked_map", "averaged_map")
+
 
 @dataclass(frozen=True)
 class Layout:
@@ -202,10 +206,13 @@ class Surgery:
         if "row" in self.pruner.needs:
             self._pre(attention, attending)
         if "map" in self.pruner.needs:
-            # The reference's loop holds a layer's map until the next layer has made its own, so every layer up to the
-            # cut is watched: that second map is part of what the method costs.
-            for before in self._layers[: stage.layer]:
-                self._post(cast(nn.Module, before.self_attn), attended)
+            # The reference's loop holds a layer's map until the next layer has made its own: that second map is part
+            # of what the method costs, so every layer up to the cut is watched. Where it only masks, it goes on asking
+            # every layer for its map, and its variables hold the one it ranked by until the loop is over.
+            for each in self._layers if self.pruner.mask_only else self._layers[: stage.layer]:
+                self._post(cast(nn.Module, each.self_attn), attended)
+            if self.pruner.mask_only:
+                self._post(self._layers[-1], lambda *_: self._seen.clear())
         if "target" in self.pruner.needs:
             self._post(cast(nn.Module, layer.post_attention_layernorm), normed)
         self._post(layer, leaving, first=True)
@@ -230,7 +237,7 @@ class Surgery:
             )
             chosen = self.pruner.select(view, stage.kept).sort().values
             del view
-            self._seen = {}
+            self._seen = {name: self._seen[name] for name in _LOOP_HOLDS if name in self._seen}
             self._chosen.append(chosen)
             visual = self._visual.index_select(0, chosen)
             if self.pruner.mask_only:
@@ -284,7 +291,10 @@ class Surgery:
     def _map(self) -> torch.Tensor:
         """The same read off the kept map, averaged over heads as a whole first, as FastV's reference does."""
         assert self._visual is not None
-        return self._seen["map"].mean(1)[0, -1].index_select(0, self._visual).float()
+        averaged = self._seen["map"].mean(1)
+        if self.pruner.mask_only:
+            self._seen |= {"ranked_map": self._seen["map"], "averaged_map": averaged}
+        return averaged[0, -1].index_select(0, self._visual).float()
 
     # -- what layers behind the cut are given --------------------------------------------------------------------------
 

@@ -14,7 +14,7 @@ from memprof.errors import UnknownName
 from memprof.records import Run
 from memprof.units import check_unit
 
-__all__ = ["names", "render"]
+__all__ = ["check", "names", "render"]
 _PACKAGE = "memprof.reports.formats"
 
 
@@ -22,6 +22,12 @@ def names() -> list[str]:
     """Every format, in alphabetical order; imports none of them."""
     path = importlib.import_module(_PACKAGE).__path__
     return sorted(m.name for m in pkgutil.iter_modules(path) if not m.name.startswith("_"))
+
+
+def check(name: str) -> None:
+    """Raise :class:`UnknownName`, with the valid ones, unless ``name`` is a format."""
+    if name not in names():
+        raise UnknownName("format", name, names())
 
 
 def render(name: str, runs: Sequence[Run], unit: str = "GiB", **how: Any) -> str:
@@ -37,8 +43,7 @@ def render(name: str, runs: Sequence[Run], unit: str = "GiB", **how: Any) -> str
         UnknownName: No such format.
         BadValue: No such unit.
     """
-    if name not in names():
-        raise UnknownName("format", name, names())
+    check(name)
     module = importlib.import_module(f"{_PACKAGE}.{name}")
     text: str = module.render(runs, check_unit(unit), **how)
     return text

@@ -21,7 +21,8 @@ class FastV(OneCut):
 
     ``scores=row`` computes that one row from the cached keys beside any attention kernel; ``scores=map`` reads it off
     the whole map of eager attention, as the reference does: each layer's map is held until the next layer has made
-    its own. ``drop=mask`` hides tokens and saves nothing: the form FastV's first code had.
+    its own. ``drop=mask`` hides tokens and saves nothing: the form FastV's first code had. With ``scores=map`` it holds
+    what that code's loop held: every layer's map in turn, and the map it ranked by to the end of the loop.
     """
 
     title = "FastV"

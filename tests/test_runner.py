@@ -1,0 +1,175 @@
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from memprof import runner
+from memprof.errors import BadValue, DataError, UnknownName
+from memprof.families import find_model
+from memprof.pruning import visual_flops_cut, visual_tokens_per_layer
+from memprof.pruning.methods.topv import TopV
+from memprof.records import PARTS, Run, RunSpec, summarize
+from memprof.runner import Bench, complete_spec, run, shard_of
+from memprof.store import read_run
+from memprof.units import GIB
+
+
+def spec(**changes: Any) -> RunSpec:
+    base = RunSpec(model="internvl2-2b", method="baseline", task="ai2d", device="sim", max_new_tokens=2)
+    return dataclasses.replace(base, **changes)
+
+
+@pytest.fixture
+def shapes(tmp_path: Path) -> str:
+    path = tmp_path / "shapes.csv"
+    path.write_text("width,height,text_tokens\n1600,1200,53\n448,448,20\n")
+    return str(path)
+
+
+@pytest.fixture(scope="module")
+def paper(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Run]:
+    """A 13-tile sample under three methods in the paper's stack, on the true InternVL2-2B."""
+    folder = tmp_path_factory.mktemp("paper")
+    data = folder / "one.csv"
+    data.write_text("width,height,text_tokens\n1600,1200,53\n")
+    bench = Bench(spec())
+    return {
+        method: run(spec(method=method, stack="paper", data=str(data)), folder / method, bench=bench)
+        for method in ("baseline", "fastv", "topv")
+    }
+
+
+def test_static_is_the_true_size_of_internvl2_2b(paper: dict[str, Run]) -> None:
+    record = paper["baseline"].record
+    assert record.static_bytes == pytest.approx(4.109 * GIB, rel=1e-3)
+    assert sum(record.static_parts.values()) == 2 * 2_205_754_368 + 2 * 64 * 4  # bf16, and two fp32 rotary buffers
+
+
+def test_parts_sum_to_the_dynamic_peak(paper: dict[str, Run]) -> None:
+    for one in paper.values():
+        sample = one.samples[0]
+        assert sample.tiles == 13
+        assert set(sample.peak_parts) == set(PARTS)
+        assert sum(sample.peak_parts.values()) == sample.dynamic_peak_bytes
+        assert sample.peak_parts["unexplained"] == 0
+
+
+def test_the_papers_order_of_methods(paper: dict[str, Run]) -> None:
+    peak = {method: one.samples[0].dynamic_peak_bytes for method, one in paper.items()}
+    assert peak["topv"] <= 0.6 * peak["baseline"]
+    assert peak["fastv"] > peak["baseline"]
+    kv = {method: one.samples[0].kv_cache_bytes for method, one in paper.items()}
+    assert kv["topv"] < 0.62 * kv["baseline"]
+    # 24 layers x keys and values x 8 heads x 128 numbers x 2 bytes a token, prompt and one new token.
+    assert kv["baseline"] == 96 * 1024 * (13 * 256 + 48 + 53 + 1)
+    holders = {
+        method: max(one.samples[0].peak_parts, key=one.samples[0].peak_parts.__getitem__)
+        for method, one in paper.items()
+    }
+    assert holders == {"baseline": "logits", "fastv": "attention", "topv": "logits"}
+
+
+def test_visual_flops_cut_agrees_with_the_published_shares() -> None:
+    def cut(model: str, tokens: int) -> float:
+        text = find_model(model)[1].text
+        layers = visual_tokens_per_layer(
+            TopV().stages(tokens, text["num_hidden_layers"]), tokens, text["num_hidden_layers"]
+        )
+        return visual_flops_cut(layers, tokens, text["hidden_size"], text["intermediate_size"])
+
+    assert cut("llava-1.5-7b", 576) == pytest.approx(0.476, abs=0.0005)
+    for tiles in range(1, 14):
+        assert 0.46 <= cut("internvl2-2b", 256 * tiles) <= 0.51
+
+
+def test_an_interrupted_run_resumes_to_the_same_bytes(
+    shapes: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bench = Bench(spec())
+    whole = run(spec(data=shapes), tmp_path / "first", bench=bench)
+    real = runner._profile_sample
+
+    def killed(*args: Any) -> Any:
+        if args[-1].id == whole.samples[1].id:
+            raise KeyboardInterrupt
+        return real(*args)
+
+    monkeypatch.setattr(runner, "_profile_sample", killed)
+    with pytest.raises(KeyboardInterrupt):
+        run(spec(data=shapes), tmp_path / "again", bench=bench)
+    assert [s.id for s in read_run(tmp_path / "again").samples] == [whole.samples[0].id]
+    monkeypatch.setattr(runner, "_profile_sample", real)
+    resumed = run(spec(data=shapes), tmp_path / "again", bench=bench, resume=True)
+    for name in ("samples.jsonl", "run.json"):
+        ours, theirs = ((tmp_path / f / name).read_text().replace(f, "") for f in ("again", "first"))
+        assert ours == theirs
+    assert resumed.record.complete
+
+
+def test_equal_shapes_are_predicted_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    data = tmp_path / "same.csv"
+    data.write_text("width,height,text_tokens\n" + "448,448,20\n" * 5)
+    calls = []
+    real = runner.profile_prompt
+    monkeypatch.setattr(runner, "profile_prompt", lambda *a, **k: calls.append(1) or real(*a, **k))
+    done = run(spec(data=str(data)), tmp_path / "r")
+    assert len(done.finished) == 5
+    assert len(calls) <= 4  # a program may take a few traces; five samples never take five
+    assert len({json.dumps({**s.to_json(), "id": ""}) for s in done.samples}) == 1
+
+
+def test_measured_on_the_cpu(tmp_path: Path, shapes: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    from tiny import tiny_card
+
+    family, _ = find_model("internvl2-2b")
+    card = tiny_card(family)
+    monkeypatch.setattr(runner, "find_model", lambda _: (family, card))
+    done = run(spec(device="cpu", dtype="float32", data=shapes, method="topv", max_tiles=4), tmp_path / "r")
+    assert done.record.status == "measured"
+    assert all(s.ok and s.tokens.seconds[0] > 0 for s in done.samples)
+    assert done.samples[0].kv_tokens_found == done.samples[0].kv_tokens_planned
+    assert summarize(done)["status"] == "measured"
+
+
+def test_one_bad_sample_does_not_end_a_run(tmp_path: Path, shapes: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    real = Bench.outcome
+
+    def outcome(self: Bench, spec: RunSpec, pruner: Any, shape: Any, seed: int) -> Any:
+        if shape.tiles > 1:
+            raise DataError("row 0: the picture is broken\nand more")
+        return real(self, spec, pruner, shape, seed)
+
+    monkeypatch.setattr(Bench, "outcome", outcome)
+    done = run(spec(data=shapes), tmp_path / "r")
+    assert [(s.status, s.error) for s in done.samples] == [("failed", "row 0: the picture is broken"), ("ok", None)]
+    assert summarize(done)["failed"] == 1
+
+
+@pytest.mark.parametrize(
+    ("changes", "error", "says"),
+    [
+        ({"model": "internvl9"}, UnknownName, "internvl2-2b"),
+        ({"method": "topvv"}, UnknownName, "topv"),
+        ({"method": "topv:kept=1"}, UnknownName, "keep"),
+        ({"method": "topv:keep=0"}, BadValue, "keep"),
+        ({"method": "topv:layer=24"}, BadValue, "24 decoder layers"),
+        ({"task": "ai3d"}, UnknownName, "ai2d"),
+        ({"max_new_tokens": 0}, BadValue, "max_new_tokens"),
+        ({"max_tiles": 0}, BadValue, "max_tiles"),
+    ],
+)
+def test_mistakes_show_before_a_model_is_built(changes: dict[str, Any], error: type[Exception], says: str) -> None:
+    with pytest.raises(error, match=says):
+        complete_spec(spec(**changes))
+
+
+def test_shards_cover_every_sample_once() -> None:
+    samples: Any = list(range(11))
+    assert sorted(x for i in range(1, 4) for x in shard_of(samples, f"{i}/3")) == samples
+    for bad in ("0/3", "4/3", "1", "a/b"):
+        with pytest.raises(BadValue, match="i/n"):
+            shard_of(samples, bad)
