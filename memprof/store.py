@@ -10,6 +10,8 @@ import json
 import os
 import shutil
 from collections.abc import Iterable
+from dataclasses import replace
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -127,7 +129,7 @@ def read_run(path: Path | str) -> Run:
 
 
 def find_runs(paths: Iterable[Path | str]) -> list[Run]:
-    """The runs in ``paths``: each a run folder, or a folder that holds run folders.
+    """The runs in ``paths``: each a run folder, or a folder that holds run folders. Shards of a run become one.
 
     Raises:
         DataError: A path holds no run.
@@ -138,4 +140,35 @@ def find_runs(paths: Iterable[Path | str]) -> list[Run]:
         if not folders:
             raise DataError(f"{given} holds no run; give a folder that `memprof run -o` wrote")
         runs += [read_run(folder) for folder in folders]
-    return runs
+    return join_shards(runs)
+
+
+def join_shards(runs: Iterable[Run]) -> list[Run]:
+    """Runs that differ by their shard alone, as one run with its samples in the task's order; others as they are."""
+    groups: dict[str, list[Run]] = {}
+    for run in runs:
+        whole = replace(run.record.spec, shard=None)
+        key = f"{whole}" if run.record.spec.shard else f"{run.path}"
+        groups.setdefault(key, []).append(run)
+    return [_joined(group) if group[0].record.spec.shard else group[0] for group in groups.values()]
+
+
+def _joined(shards: list[Run]) -> Run:
+    """One run of several shards; complete only if every shard is there and complete."""
+    numbered = {int((run.record.spec.shard or "1/1").split("/")[0]): run for run in shards}
+    count = int((shards[0].record.spec.shard or "1/1").split("/")[1])
+    first = numbered[min(numbered)]
+    cuts = [(run.record.visual_flops_cut, len(run.finished)) for run in shards]
+    known = [(cut, n) for cut, n in cuts if cut is not None and n]
+    record = replace(
+        first.record,
+        visual_flops_cut=sum(cut * n for cut, n in known) / sum(n for _, n in known) if known else None,
+        spec=replace(first.record.spec, shard=None),
+        static_bytes=max(run.record.static_bytes for run in shards),
+        complete=len(numbered) == count and all(run.record.complete for run in shards),
+        notes=sorted({note for run in shards for note in run.record.notes}),
+    )
+    # Shard i of n holds samples i, i + n, ...: taking one from each in turn restores the order.
+    turns = zip_longest(*(numbered[i].samples for i in sorted(numbered)))
+    samples = [sample for turn in turns for sample in turn if sample is not None]
+    return Run(record, samples, str(Path(first.path or "").parent))

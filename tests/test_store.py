@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -88,3 +89,20 @@ def test_broken_folders_say_what_is_wrong(tmp_path: Path) -> None:
     (tmp_path / "r" / "run.json").write_text(json.dumps(data | {"schema": 99}))
     with pytest.raises(DataError, match="later memprof"):
         read_run(tmp_path / "r")
+
+
+def test_shards_become_one_run(tmp_path: Path) -> None:
+    for number, ids in ((2, "bdf"), (1, "aceg"), (3, "")):
+        with RunFolder.open(tmp_path / f"baseline.{number}of3", record(shard=f"{number}/3")) as folder:
+            for name in ids:
+                folder.append(sample(name))
+            folder.record.complete = True
+            folder.save()
+    RunFolder.open(tmp_path / "topv", record(method="topv")).__exit__()
+    joined, other = find_runs([tmp_path])
+    assert "".join(s.id for s in joined.samples) == "abcdefg"
+    assert joined.record.spec.shard is None
+    assert joined.record.complete
+    assert other.record.spec.method == "topv"
+    shutil.rmtree(tmp_path / "baseline.3of3")
+    assert not find_runs([tmp_path])[0].record.complete

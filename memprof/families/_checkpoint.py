@@ -120,7 +120,9 @@ def _without_storage(config: Any, dtype: torch.dtype, attention: str | Mapping[s
 
     implementation = attention if isinstance(attention, str) else dict(attention)
     with torch.device("meta"), no_init_weights():
-        return AutoModelForImageTextToText.from_config(config, dtype=dtype, attn_implementation=implementation)
+        model = AutoModelForImageTextToText.from_config(config, dtype=dtype, attn_implementation=implementation)
+    model.tie_weights()  # where the configuration says so; leaving out the initial values leaves this out too
+    return model
 
 
 def _plan(

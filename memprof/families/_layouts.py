@@ -1,8 +1,8 @@
 """What checkpoints call things: their configuration as a card, their tensors as transformers names them.
 
 InternVL comes in two layouts. The original one (OpenGVLab, ``internvl_chat``) has a fused ``qkv`` in the vision tower
-and, over InternLM2, a fused ``wqkv`` in the language model; the ``-hf`` one is transformers' own. The conversion is held
-to the numbers that OpenGVLab/InternVL at commit 2410d1d gives by the tests; that code itself is never run.
+and, over InternLM2, a fused ``wqkv`` in the language model; the ``-hf`` one is transformers' own. The tests hold the
+conversion to the numbers of OpenGVLab/InternVL at commit 2410d1d; that code itself is never run.
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ def config_of(family: Family, card: Card, raw: Mapping[str, Any], special: Mappi
     if kind == "internvl_chat" and own.model_type == "internvl":
         config = type(own)(**_original_internvl(card, raw, special))
     elif kind == own.model_type:
-        config = type(own).from_dict(dict(raw) | ({"chat": "hf"} if "chat" in card.extra else {}))
+        config = type(own).from_dict(({"chat": "hf"} if "chat" in card.extra else {}) | dict(raw))
     else:
         raise ValueError(f"this is a model of type {kind!r}, and {card.name} is {own.model_type!r}")
     if type(config.vision_config) is not type(own.vision_config):

@@ -229,8 +229,8 @@ class Chat:
         return [*parts, Special("<|im_start|>"), "assistant\n"]
 
 
-#: By the names that conversation.py of OpenGVLab/InternVL (commit 2410d1d) gives them. ``hf`` is the chat template of the
-#: ``-hf`` checkpoints, which has no system message unless the user writes one.
+#: By the names that conversation.py of OpenGVLab/InternVL (commit 2410d1d) gives them. ``hf`` is the chat template of
+#: the ``-hf`` checkpoints, which has no system message unless the user writes one.
 CHATS: Mapping[str, Chat] = {
     "internlm2-chat": Chat(
         "你是由上海人工智能实验室联合商汤科技开发的书生多模态大模型，英文名叫InternVL, "

@@ -40,7 +40,8 @@ class Pruner:
         paper: Where the method was published.
         reference: The code it is held to, or None.
         departs: Where it departs from its paper or code, in one sentence.
-        needs: What :class:`~memprof.pruning.view.View` must offer: any of ``source``, ``target``, ``row``, ``map``.
+        needs: What :class:`~memprof.pruning.view.View` must offer: any of ``source``, ``target``, ``vision``, ``row``,
+            ``map``, ``ahead``.
     """
 
     title: ClassVar[str]
@@ -55,7 +56,7 @@ class Pruner:
 
     @property
     def mask_only(self) -> bool:
-        """Whether pruned tokens are hidden by a mask and keep their memory."""
+        """Whether pruned tokens are hidden by a mask and keep their memory; such a pruner cuts once."""
         return False
 
     @property
@@ -80,6 +81,10 @@ class Pruner:
         raise NotImplementedError
 
 
+#: What a pruner can look at only where a decoder layer runs before its cut.
+_OF_THE_LAYER_BEFORE = frozenset({"target", "row", "map"})
+
+
 @dataclass(frozen=True)
 class OneCut(Pruner):
     """A pruner that cuts once: its share and its layer."""
@@ -91,6 +96,10 @@ class OneCut(Pruner):
         """One cut before layer ``layer``; the count is ``round(n * keep)``, halves to even, as FastV's code has it."""
         if self.layer >= n_layers:
             raise BadValue(f"layer={self.layer} is beyond the model's {n_layers} decoder layers (0 to {n_layers - 1})")
+        if self.layer == 0 and self.needs & _OF_THE_LAYER_BEFORE:
+            raise BadValue(
+                "layer=0: the method looks at the layer before its cut, and there is none; take layer=1 or more"
+            )
         kept = n_visual if self.keep == 1 else max(1, round(n_visual * self.keep)) if n_visual else 0
         return (Stage(self.layer, kept),) if kept < n_visual else ()
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from types import TracebackType
 from typing import Any, cast
 
@@ -24,8 +25,11 @@ from memprof.anatomy import anatomy
 from memprof.errors import UsageError
 from memprof.pruning import Pruner, Stage, visual_tokens_per_layer
 from memprof.pruning.view import View
+from memprof.pruning.vision import attention_received, patches_to_tokens, vision_attention
 
 Hook = Callable[..., Any]
+#: The vision tower's layer that :attr:`View.vision` is read from: VisionZip's, and the one LLaVA takes its features from.
+VISION_LAYER = -2
 
 #: What FastV's first code, which masks, keeps from its cut to the end of its loop over the layers
 #: (``last_layer_attention`` and ``last_layer_attention_avg`` in pkunlp-icler/FastV, ``LlamaModel.forward``).
@@ -59,12 +63,14 @@ class Surgery:
         seed: Handed to pruners that draw.
 
     Raises:
-        UsageError: The pruner reads attention maps and the language model does not run eager attention.
+        UsageError: The pruner reads attention maps and the language model does not run eager attention, or it reads the
+            vision tower's attention and the tower has none that can be read.
         BadValue: The pruner cuts at a layer the model does not have.
     """
 
     def __init__(self, model: nn.Module, pruner: Pruner, layout: Layout, seed: int = 0) -> None:
-        self._layers = [layer for _, layer in anatomy(model).layers]
+        where = anatomy(model)
+        self._layers = [layer for _, layer in where.layers]
         self.pruner, self.layout, self.seed = pruner, layout, seed
         self.stages: tuple[Stage, ...] = tuple(pruner.stages(len(layout.index), len(self._layers)))
         if self.stages and pruner.eager and _attention_of(self._layers[0]) != "eager":
@@ -72,14 +78,18 @@ class Surgery:
                 f"{type(pruner).__name__} reads attention maps, which only eager attention makes; load the model with "
                 "attn_implementation='eager' for its language model, or choose scores=row"
             )
+        self._tower = vision_attention(where.vision, VISION_LAYER) if self.stages and "vision" in pruner.needs else None
         self._hooks: list[Any] = []
+        self._vision: torch.Tensor | None = None  # patch scores, from the vision tower's run to the prefill after it
         self._reset()
 
     # -- what was planned and done -------------------------------------------------------------------------------------
 
     @property
     def visual_tokens(self) -> list[int]:
-        """Visual tokens each layer is to see in prefill."""
+        """Visual tokens each layer is to run in prefill; a mask alone spares it none."""
+        if self.pruner.mask_only:
+            return [len(self.layout.index)] * len(self._layers)
         return visual_tokens_per_layer(self.stages, len(self.layout.index), len(self._layers))
 
     @property
@@ -103,13 +113,23 @@ class Surgery:
     def __enter__(self) -> Surgery:
         if not self.stages:
             return self
-        first = self.stages[0].layer
+        if self._tower is not None:
+            self._watch_tower(self._tower)
         self._pre(self._layers[0], self._begin)
+        if "map" in self.pruner.needs:
+            # The reference's loop holds a layer's map until the next layer has made its own: that second map is part
+            # of what the method costs, so every layer up to the last cut is watched. Where it only masks, it goes on
+            # asking every layer for its map, and its variables hold the one it ranked by until the loop is over.
+            for layer in self._layers if self.pruner.mask_only else self._layers[: self.stages[-1].layer]:
+                self._post(cast(nn.Module, layer.self_attn), self._keep_map)
+            if self.pruner.mask_only:
+                self._post(self._layers[-1], lambda *_: self._seen.clear())
         for stage in self.stages:
             if stage.layer:
                 self._watch(self._layers[stage.layer - 1], stage)
-        for number in range(first, len(self._layers)):
-            self._pre(self._layers[number], self._adjust)
+        for number in range(self.stages[0].layer, len(self._layers)):
+            cuts = sum(stage.layer <= number for stage in self.stages)
+            self._pre(self._layers[number], partial(self._adjust, cuts))
         return self
 
     def __exit__(
@@ -119,6 +139,7 @@ class Surgery:
             hook.remove()
         self._hooks.clear()
         self._release()
+        self._vision = None
 
     def _pre(self, module: nn.Module, hook: Hook) -> None:
         self._hooks.append(module.register_forward_pre_hook(hook, with_kwargs=True))
@@ -132,15 +153,15 @@ class Surgery:
         self._past = 0  # tokens layer 0 has cached before this forward
         self._length = 0  # tokens of the prompt
         self._chosen: list[torch.Tensor] = []
-        self._sequence: torch.Tensor | None = None  # original position of each token still alive; None before a cut
-        self._visual: torch.Tensor | None = None  # where the visual tokens stand among them
+        self._alive: list[torch.Tensor] = []  # for each cut made, the original position of each token left by it
+        self._visual: torch.Tensor | None = None  # where the visual tokens stand among those
+        self._visible: torch.Tensor | None = None  # masking only: which prompt positions may be looked at
         self._release()
 
     def _release(self) -> None:
         """Let go of every tensor held for the time of a prefill."""
         self._seen: dict[str, torch.Tensor] = {}
-        self._places: torch.Tensor | None = None
-        self._images: torch.Tensor | None = None
+        self._about: dict[str, torch.Tensor] = {}  # one row a visual token still alive: positions, images, vision
         self._inputs: dict[str, Any] = {}
 
     # -- prefill -------------------------------------------------------------------------------------------------------
@@ -149,7 +170,9 @@ class Surgery:
         """Before layer 0: tell prefill from decoding, and make a cut that comes before every layer."""
         hidden = args[0] if args else kwargs["hidden_states"]
         cache = kwargs.get("past_key_values")
-        past = 0 if cache is None else cache.get_seq_length()
+        if cache is None:
+            raise UsageError("pruning needs the KV cache: without one, nothing remembers what was cut (use_cache=True)")
+        past = cache.get_seq_length()
         if past:
             self._prefill, self._past = False, past
             self._release()
@@ -162,14 +185,35 @@ class Surgery:
         if self._length != self.layout.length:
             raise UsageError(f"the prompt has {self._length} tokens and its layout was made for {self.layout.length}")
         with scopes.scope("pruner", "surgery"):
-            device = hidden.device
-            self._visual = torch.tensor(self.layout.index, device=device)
-            self._places = torch.tensor(self.layout.positions, device=device)
-            self._images = torch.tensor(self.layout.images, device=device)
+            self._visual = _placed(self.layout.index, hidden)
+            self._about["positions"] = _placed(self.layout.positions, hidden)
+            self._about["images"] = _placed(self.layout.images, hidden)
+            if self._vision is not None:
+                self._about["vision"], self._vision = patches_to_tokens(self._vision, len(self.layout.index)), None
         if self.stages[0].layer == 0:
-            self._seen["source"] = hidden
-            return (self._cut(layer, hidden, self.stages[0], kwargs), *args[1:]), kwargs
+            if "source" in self.pruner.needs:
+                self._seen["source"] = hidden
+            cut = self._cut(layer, hidden, self.stages[0], kwargs)
+            return ((cut, *args[1:]), kwargs) if args else (args, {**kwargs, "hidden_states": cut})
         return None
+
+    def _watch_tower(self, attention: Any) -> None:
+        """Score the patches as soon as the vision tower's layer has made its queries and keys."""
+        made: dict[str, torch.Tensor] = {}
+
+        def projected(name: str, _: nn.Module, args: Any, kwargs: Any, out: torch.Tensor) -> None:
+            made[name] = out
+            if len(made) == 2:
+                with scopes.scope("pruner", "surgery"):
+                    self._vision = attention_received(attention, made.pop("query"), made.pop("key"))
+
+        self._post(getattr(attention, "q_norm", attention.q_proj), partial(projected, "query"))
+        self._post(getattr(attention, "k_norm", attention.k_proj), partial(projected, "key"))
+
+    def _keep_map(self, _: nn.Module, args: Any, kwargs: Any, out: Any) -> None:
+        """Hold a layer's attention map in place of the one before."""
+        if self._prefill:
+            self._seen["map"] = out[1]
 
     def _watch(self, layer: nn.Module, stage: Stage) -> None:
         """Collect what the pruner may look at in ``layer``, and cut its output."""
@@ -184,11 +228,6 @@ class Surgery:
                 with scopes.scope("pruner", "surgery"):
                     hidden = args[0] if args else kwargs["hidden_states"]
                     self._seen["query"] = hidden[:, -1:].clone()  # a view would keep every row
-                    self._seen["cos"], self._seen["sin"] = (t[:, -1:] for t in kwargs["position_embeddings"])
-
-        def attended(_: nn.Module, args: Any, kwargs: Any, out: Any) -> None:
-            if self._prefill:
-                self._seen["map"] = out[1]
 
         def normed(_: nn.Module, args: Any, kwargs: Any, out: torch.Tensor) -> None:
             if self._prefill:
@@ -205,14 +244,6 @@ class Surgery:
             self._pre(layer, entering)
         if "row" in self.pruner.needs:
             self._pre(attention, attending)
-        if "map" in self.pruner.needs:
-            # The reference's loop holds a layer's map until the next layer has made its own: that second map is part
-            # of what the method costs, so every layer up to the cut is watched. Where it only masks, it goes on asking
-            # every layer for its map, and its variables hold the one it ranked by until the loop is over.
-            for each in self._layers if self.pruner.mask_only else self._layers[: stage.layer]:
-                self._post(cast(nn.Module, each.self_attn), attended)
-            if self.pruner.mask_only:
-                self._post(self._layers[-1], lambda *_: self._seen.clear())
         if "target" in self.pruner.needs:
             self._post(cast(nn.Module, layer.post_attention_layernorm), normed)
         self._post(layer, leaving, first=True)
@@ -220,19 +251,18 @@ class Surgery:
     def _cut(self, layer: nn.Module, hidden: torch.Tensor, stage: Stage, kwargs: Any) -> torch.Tensor:
         """Ask the pruner, then keep only what it chose of ``hidden`` and of what later layers are given."""
         assert self._visual is not None
-        assert self._places is not None
-        assert self._images is not None
         with scopes.scope("pruner", "surgery"):
-            cache = kwargs.get("past_key_values")
             view = View(
                 count=self._visual.shape[0],
                 device=hidden.device,
                 source=self._visual_rows("source"),
                 target=self._visual_rows("target"),
-                positions=self._places,
-                images=self._images,
-                row=lambda: self._row(layer, cache),
+                vision=self._about.get("vision"),
+                positions=self._about["positions"],
+                images=self._about["images"],
+                row=lambda: self._row(layer, kwargs),
                 map=lambda: self._map(),
+                ahead=lambda: self._row_ahead(self._layers[stage.layer], hidden, kwargs),
                 seed=self.seed,
             )
             chosen = self.pruner.select(view, stage.kept).sort().values
@@ -244,10 +274,9 @@ class Surgery:
                 self._hide(visual, hidden)
                 return hidden
             rows = self._rows_kept(visual, hidden.shape[1])
-            self._sequence = rows if self._sequence is None else self._sequence.index_select(0, rows)
+            self._alive.append(self._alive[-1].index_select(0, rows) if self._alive else rows)
             self._visual = torch.searchsorted(rows, visual)
-            self._places = self._places.index_select(0, chosen)
-            self._images = self._images.index_select(0, chosen)
+            self._about = {name: rows_of.index_select(0, chosen) for name, rows_of in self._about.items()}
             self._inputs = {}
             return hidden.index_select(1, rows)
 
@@ -272,19 +301,27 @@ class Surgery:
         gone = self._visual.shape[0] - visual.shape[0]
         return order.argsort(stable=True)[: length - gone].sort().values
 
-    def _row(self, layer: nn.Module, cache: Any) -> torch.Tensor:
-        """Attention of the last token to each visual token in ``layer``: ``(n,)`` float32, mean over heads."""
+    def _row(self, layer: nn.Module, kwargs: Any) -> torch.Tensor:
+        """Attention of the last token to each visual token in ``layer``, which has run: ``(n,)`` float32."""
         attention = cast(Any, layer.self_attn)
+        query = _turned(_heads(attention, "q", self._seen["query"]), kwargs["position_embeddings"])
+        keys = kwargs["past_key_values"].layers[attention.layer_idx].keys
+        return self._attention_to_visual(attention, query, keys)
+
+    def _row_ahead(self, layer: nn.Module, hidden: torch.Tensor, kwargs: Any) -> torch.Tensor:
+        """The same in ``layer``, which is yet to run on ``hidden``: its norm and key projection run twice."""
+        attention = cast(Any, layer.self_attn)
+        # Not by a call: whoever hooks the layer's norm would take it for the layer's own run.
+        normed = cast(Any, layer.input_layernorm).forward(hidden)
+        query = _turned(_heads(attention, "q", normed[:, -1:]), kwargs["position_embeddings"])
+        keys = _turned(_heads(attention, "k", normed), kwargs["position_embeddings"])
+        return self._attention_to_visual(attention, query, keys)
+
+    def _attention_to_visual(self, attention: Any, query: torch.Tensor, keys: torch.Tensor) -> torch.Tensor:
+        """Mean over heads of one query's attention to the visual tokens: ``(n,)`` float32."""
         assert self._visual is not None
-        query = attention.q_proj(self._seen["query"]).view(1, 1, -1, attention.head_dim).transpose(1, 2)
-        if hasattr(attention, "q_norm"):
-            query = attention.q_norm(query)
-        cos, sin = self._seen["cos"].unsqueeze(1), self._seen["sin"].unsqueeze(1)
-        half = attention.head_dim // 2
-        query = query * cos + torch.cat((-query[..., half:], query[..., :half]), dim=-1) * sin
-        keys = cache.layers[attention.layer_idx].keys[0]
-        grouped = query[0, :, 0].view(keys.shape[0], -1, attention.head_dim)
-        scores = torch.matmul(grouped, keys.transpose(1, 2)) * attention.scaling
+        grouped = query[0, :, 0].view(keys.shape[1], -1, attention.head_dim)
+        scores = torch.matmul(grouped, keys[0].transpose(1, 2)) * attention.scaling
         mean: torch.Tensor = scores.softmax(-1, dtype=torch.float32).mean((0, 1))
         return mean.index_select(0, self._visual)
 
@@ -296,36 +333,42 @@ class Surgery:
             self._seen |= {"ranked_map": self._seen["map"], "averaged_map": averaged}
         return averaged[0, -1].index_select(0, self._visual).float()
 
-    # -- what layers behind the cut are given --------------------------------------------------------------------------
+    # -- what layers behind a cut are given ----------------------------------------------------------------------------
 
-    def _adjust(self, layer: nn.Module, args: Any, kwargs: Any) -> Any:
-        """Give a layer behind a cut the positions and mask of the tokens that are left."""
+    def _adjust(self, cuts: int, layer: nn.Module, args: Any, kwargs: Any) -> Any:
+        """Give a layer behind ``cuts`` cuts the positions and mask of the tokens that are left."""
         if self.pruner.mask_only:
-            return self._mask(args, kwargs) if self._chosen else None
-        if self._sequence is None:
+            return self._mask(args, kwargs) if self._visible is not None else None
+        if len(self._alive) < cuts:
             return None
+        alive = self._alive[cuts - 1]
         with scopes.scope("pruner", "surgery"):
-            return args, {**kwargs, **(self._prefill_inputs(kwargs) if self._prefill else self._step_inputs(kwargs))}
+            given = self._prefill_inputs(kwargs, alive) if self._prefill else self._step_inputs(kwargs, alive)
+            return args, {**kwargs, **given}
 
-    def _prefill_inputs(self, kwargs: Any) -> dict[str, Any]:
-        """Positions and mask of the kept rows, made once for all layers behind a cut."""
+    def _prefill_inputs(self, kwargs: Any, alive: torch.Tensor) -> dict[str, Any]:
+        """Positions and mask of the rows left, made once for all layers behind a cut."""
         if not self._inputs:
-            rows = self._sequence
-            assert rows is not None
-            self._inputs["position_embeddings"] = tuple(t.index_select(1, rows) for t in kwargs["position_embeddings"])
+            self._inputs["position_embeddings"] = tuple(t.index_select(1, alive) for t in kwargs["position_embeddings"])
             if kwargs.get("position_ids") is not None:
-                self._inputs["position_ids"] = kwargs["position_ids"].index_select(-1, rows)
+                self._inputs["position_ids"] = kwargs["position_ids"].index_select(-1, alive)
             if kwargs.get("attention_mask") is not None:
-                self._inputs["attention_mask"] = kwargs["attention_mask"].index_select(-2, rows).index_select(-1, rows)
+                self._inputs["attention_mask"] = (
+                    kwargs["attention_mask"].index_select(-2, alive).index_select(-1, alive)
+                )
         return self._inputs
 
-    def _step_inputs(self, kwargs: Any) -> dict[str, Any]:
+    def _step_inputs(self, kwargs: Any, alive: torch.Tensor) -> dict[str, Any]:
         """A decode step's mask, if there is one, cut to the columns this layer's cache still has."""
         mask = kwargs.get("attention_mask")
-        if mask is None or self._sequence is None:
+        if mask is None:
             return {}
-        new = torch.arange(self._length, mask.shape[-1], device=mask.device)
-        return {"attention_mask": mask.index_select(-1, torch.cat((self._sequence, new)))}
+        prompt = self._length
+        if self.stages[0].layer == 0:
+            # generate() made the mask for layer 0's cache, which never had the columns of the first cut.
+            alive, prompt = torch.searchsorted(self._alive[0], alive), self._alive[0].shape[0]
+        new = torch.arange(prompt, mask.shape[-1], device=mask.device)
+        return {"attention_mask": mask.index_select(-1, torch.cat((alive, new)))}
 
     # -- masking instead of dropping -----------------------------------------------------------------------------------
 
@@ -333,17 +376,17 @@ class Surgery:
         """Remember which prompt positions stay visible: ``(length,)`` bool."""
         assert self._visual is not None
         visible = torch.ones(hidden.shape[1], dtype=torch.bool, device=hidden.device)
-        self._sequence = visible.index_fill(0, self._visual, False).index_fill(0, visual, True)
+        self._visible = visible.index_fill(0, self._visual, False).index_fill(0, visual, True)
 
     def _mask(self, args: Any, kwargs: Any) -> Any:
         """Forbid every query to look at hidden positions; nothing gets shorter."""
-        assert self._sequence is not None
+        assert self._visible is not None
         hidden = args[0] if args else kwargs["hidden_states"]
         with scopes.scope("pruner", "surgery"):
             columns = torch.arange(self._past + hidden.shape[1], device=hidden.device)
             rows = columns[self._past :, None]
             visible = torch.ones(len(columns), dtype=torch.bool, device=hidden.device)
-            visible[: self._length] = self._sequence
+            visible[: self._length] = self._visible
             allowed = ((columns <= rows) & visible)[None, None]
             mask = kwargs.get("attention_mask")
             if mask is None:
@@ -355,6 +398,26 @@ class Surgery:
                     else mask.masked_fill(~allowed, torch.finfo(mask.dtype).min)
                 )
             return args, {**kwargs, "attention_mask": mask}
+
+
+def _placed(values: npt.NDArray[Any], like: torch.Tensor) -> torch.Tensor:
+    """``values`` where ``like`` is, without storage if ``like`` has none."""
+    host = torch.from_numpy(values)
+    return like.new_empty(host.shape, dtype=host.dtype).copy_(host)
+
+
+def _heads(attention: Any, which: str, hidden: torch.Tensor) -> torch.Tensor:
+    """Queries (``q``) or keys (``k``) of ``hidden`` ``(1, r, hidden)`` by head, before rotary: ``(1, heads, r, dim)``."""
+    made = getattr(attention, f"{which}_proj")(hidden).view(1, hidden.shape[1], -1, attention.head_dim)
+    norm = getattr(attention, f"{which}_norm", None)
+    return cast(torch.Tensor, made if norm is None else norm(made)).transpose(1, 2)
+
+
+def _turned(by_head: torch.Tensor, rotary: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
+    """``by_head`` ``(1, heads, r, dim)`` with the rotary positions of the last r rows of ``rotary``, split halves."""
+    cos, sin = (t[:, -by_head.shape[2] :].unsqueeze(1) for t in rotary)
+    first, second = by_head.chunk(2, dim=-1)
+    return by_head * cos + torch.cat((-second, first), dim=-1) * sin
 
 
 def _additive(allowed: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:

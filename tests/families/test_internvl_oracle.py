@@ -1,4 +1,4 @@
-"""The tiny InternVL2 that the original code wrote: converted, it gives the original's numbers (../shared/data/oracles)."""
+"""The tiny InternVL2 that the original code wrote gives, converted, the original's numbers (../shared/data/oracles)."""
 
 from __future__ import annotations
 

@@ -9,7 +9,7 @@ import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import pytest
@@ -17,6 +17,7 @@ import torch
 
 from memprof.pruning.methods.fastv import FastV
 from memprof.pruning.surgery import Layout, Surgery
+from memprof.pruning.view import View
 
 CASES = ["k2_r0p5", "k2_r0p75", "k3_r0p5", "k3_r0p75"]
 CLOSE = {"rtol": 0.0, "atol": 1e-4}
@@ -132,25 +133,25 @@ class TestCase:
         assert len(lengths) == len(case["greedy_ids"])
 
 
-def test_scores_are_the_references(model: Any, facts: dict[str, Any], io: dict[str, torch.Tensor]) -> None:
+class Spy(FastV):
+    """FastV that remembers the scores it ranked by."""
+
+    seen: ClassVar[list[torch.Tensor]] = []
+
+    def select(self, view: View, kept: int) -> torch.Tensor:
+        self.seen.append(view.row() if self.scores == "row" else view.map())
+        return super().select(view, kept)
+
+
+@pytest.mark.parametrize("scores", ["row", "map"])
+@pytest.mark.parametrize("name", CASES)
+def test_scores(model: Any, facts: dict[str, Any], io: dict[str, torch.Tensor], name: str, scores: str) -> None:
     """Row and map give the reference's score of every visual token, not only its choice."""
-    from memprof.pruning.view import View
-
-    for name in CASES:
-        case = next(case for case in facts["cases"] if case["name"] == name)
-        for scores in ("row", "map"):
-            seen: list[torch.Tensor] = []
-
-            class Spy(FastV):
-                def select(self, view: View, kept: int) -> torch.Tensor:
-                    seen.append(view.row() if self.scores == "row" else view.map())
-                    return super().select(view, kept)
-
-            settings = case["fastv_config"]
-            pruner = Spy(keep=1 - settings["fastv_r"], layer=settings["fastv_k"], scores=scores)
-            with torch.no_grad(), Surgery(model, pruner, layout(facts)):
-                model(inputs_embeds=io["inputs_embeds"], use_cache=True)
-            torch.testing.assert_close(seen[0], io[f"{name}_image_scores"], rtol=0, atol=1e-6)
+    settings = next(case for case in facts["cases"] if case["name"] == name)["fastv_config"]
+    pruner = Spy(keep=1 - settings["fastv_r"], layer=settings["fastv_k"], scores=scores)
+    with torch.no_grad(), Surgery(model, pruner, layout(facts)):
+        model(inputs_embeds=io["inputs_embeds"], use_cache=True)
+    torch.testing.assert_close(Spy.seen.pop(), io[f"{name}_image_scores"], rtol=0, atol=1e-6)
 
 
 def test_kept_count_is_pythons_round() -> None:

@@ -1,0 +1,255 @@
+"""Who holds a run's highest instant, and what would lower it.
+
+The first half is read from the record, measured or predicted. The second is predicted always: every change is run again
+on the same prompt (:mod:`memprof.analysis.whatif`).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+from memprof.analysis.holders import leading_part, words_for
+from memprof.analysis.whatif import COUNTERFACTUALS, Change, Predictor, all_exact, floor
+from memprof.errors import DataError, UnknownName
+from memprof.families import PromptShape, find_model
+from memprof.pruning import build_pruner, method_name
+from memprof.records import PARTS, Holder, Run, SampleRecord
+
+#: Called before each prediction with what is about to be predicted.
+Progress = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Answer:
+    """One change, carried out. All bytes are predicted.
+
+    Attributes:
+        name, how, exact: As in :class:`~memprof.analysis.whatif.Change`.
+        dynamic_peak_bytes: The new peak, above static.
+        saved_bytes: What it lies below the same prediction without the change (negative: above).
+        holder: The part that holds most of it then.
+        words: The same in words.
+        phase: Where the new peak falls.
+        refused: Why it could not be predicted, or None.
+    """
+
+    name: str
+    how: str
+    exact: bool
+    dynamic_peak_bytes: int = 0
+    saved_bytes: int = 0
+    holder: str = ""
+    words: str = ""
+    phase: str = ""
+    refused: str | None = None
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """A sample's highest instant. Bytes are absolute only where the name says allocated, reserved or device.
+
+    Attributes:
+        model, method: Titles.
+        spec: What the run was.
+        status: ``measured`` or ``predicted``.
+        sample: Its id; ``tiles``, ``visual_tokens`` and ``text_tokens`` are its sizes.
+        peak_allocated_bytes: The highest instant, in token ``token`` and phase ``phase``.
+        static_bytes, static_parts: What was there before.
+        dynamic_peak_bytes: The rest, split into ``parts``.
+        holder: The part that holds most; ``words`` says it; ``share`` is its share of the dynamic bytes.
+        rounding_bytes: What the allocator had reserved beyond what was allocated, in that token: rounding and
+            fragmentation.
+        context_bytes: What the driver said beyond what was reserved: the CUDA context; None where it was not asked.
+        holders: The largest tensors alive then.
+        predicted_peak_bytes: The same dynamic peak, predicted: what the answers are held against; None without them.
+        answers: What would lower it, best first.
+        floor: The least that pruning visual tokens alone can reach, or None where it does not apply.
+        notes: What a reader must know.
+    """
+
+    model: str
+    method: str
+    spec: dict[str, Any]
+    status: str
+    sample: str
+    tiles: int
+    visual_tokens: int
+    text_tokens: int
+    token: int
+    phase: str
+    peak_allocated_bytes: int
+    static_bytes: int
+    static_parts: dict[str, int]
+    dynamic_peak_bytes: int
+    parts: dict[str, int]
+    holder: str
+    words: str
+    share: float
+    rounding_bytes: int
+    context_bytes: int | None
+    holders: list[Holder]
+    predicted_peak_bytes: int | None = None
+    answers: list[Answer] = field(default_factory=list)
+    floor: Answer | None = None
+    notes: list[str] = field(default_factory=list)
+
+    def to_json(self) -> dict[str, Any]:
+        """As plain dicts and lists, bytes as integers."""
+        return dataclasses.asdict(self)
+
+
+def explain(
+    run: Run,
+    sample: str | None = None,
+    *,
+    what_if: bool = True,
+    predictor: Predictor | None = None,
+    progress: Progress | None = None,
+) -> Explanation:
+    """Explain the highest instant of ``run``, or of one of its samples.
+
+    Args:
+        run: As :func:`memprof.store.read_run` gives it.
+        sample: A sample's id; None for the one with the highest peak.
+        what_if: Also predict what would lower the peak.
+        predictor: One to share between runs; made if None.
+        progress: Told of each prediction before it is made.
+
+    Raises:
+        DataError: The run has no finished sample, or its prompt's sizes cannot be rebuilt.
+        UnknownName: No finished sample is called so.
+    """
+    chosen = _sample(run, sample)
+    spec, columns = run.record.spec, chosen.tokens
+    pruner = build_pruner(spec.method, spec.stack)
+    part = leading_part(chosen.peak_parts)
+    token = chosen.peak_token
+    used = columns.device_used_bytes[token] if token < len(columns.device_used_bytes) else None
+    found = Explanation(
+        model=find_model(spec.model)[1].title,
+        method=pruner.title,
+        spec=spec.to_json(),
+        status=run.record.status,
+        sample=chosen.id,
+        tiles=chosen.tiles,
+        visual_tokens=chosen.visual_tokens,
+        text_tokens=chosen.text_tokens,
+        token=token,
+        phase=chosen.peak_phase,
+        peak_allocated_bytes=chosen.peak_allocated_bytes,
+        static_bytes=chosen.peak_allocated_bytes - chosen.dynamic_peak_bytes,
+        static_parts=dict(run.record.static_parts),
+        dynamic_peak_bytes=chosen.dynamic_peak_bytes,
+        parts={p: chosen.peak_parts.get(p, 0) for p in PARTS},
+        holder=part,
+        words=words_for(part, chosen.peak_holders),
+        share=chosen.peak_parts[part] / chosen.dynamic_peak_bytes,
+        rounding_bytes=columns.reserved_bytes[token] - columns.peak_allocated_bytes[token],
+        context_bytes=None if used is None else used - columns.reserved_bytes[token],
+        holders=chosen.peak_holders,
+    )
+    if not what_if:
+        return found
+    now = Change(dataclasses.replace(spec, method=method_name(pruner)), pruner, prompt_shape(run, chosen))
+    return _answer(found, now, predictor or Predictor(), progress or (lambda _: None))
+
+
+def prompt_shape(run: Run, sample: SampleRecord) -> PromptShape:
+    """The sizes of a recorded sample's prompt.
+
+    Raises:
+        DataError: The record's visual tokens are not those of one image of its size.
+    """
+    family, card = find_model(run.record.spec.model)
+    shape = family.shape(card, sample.width, sample.height, 0, run.record.spec.max_tiles)
+    if (shape.tiles, shape.visual_tokens) != (sample.tiles, sample.visual_tokens):
+        raise DataError(
+            f"sample {sample.id} has {sample.visual_tokens} visual tokens and one image of its size has "
+            f"{shape.visual_tokens}; its prompt cannot be rebuilt (--no-what-if explains the record alone)"
+        )
+    before = min(shape.before, sample.text_tokens)
+    return dataclasses.replace(shape, before=before, after=sample.text_tokens - before)
+
+
+def sentence(found: Explanation, size: Callable[[int], str]) -> str:
+    """One plain sentence; ``size`` writes bytes with their unit."""
+    where = f"{found.phase} of sample {found.sample}"
+    if found.phase == "decode":
+        where = f"decode step {found.token} of sample {found.sample}"
+    elif found.phase == "vision":
+        where = f"the vision encoder on sample {found.sample}"
+    verb = "hold" if found.words.split(" (")[0].endswith("s") or " logits " in found.words else "holds"
+    return (
+        f"{found.model} under {found.method} peaks at {size(found.peak_allocated_bytes)} in {where}: "
+        f"{found.words} {verb} {found.share:.0%} of the {size(found.dynamic_peak_bytes)} above static."
+    )
+
+
+def floor_sentence(found: Explanation, size: Callable[[int], str]) -> str | None:
+    """What pruning alone cannot get below, or None where that was not asked."""
+    if found.floor is None or found.floor.refused:
+        return None
+    least = found.floor
+    if least.saved_bytes <= 0:
+        return f"Pruning visual tokens lowers this peak no further at any share: {least.words} would hold it."
+    return f"No pruning of visual tokens gets below {size(least.dynamic_peak_bytes)}: there, {least.words} remains."
+
+
+def _sample(run: Run, name: str | None) -> SampleRecord:
+    chosen = run.highest if name is None else next((s for s in run.finished if s.id == name), None)
+    if not run.finished:
+        raise DataError(f"{run.path or 'the run'} has no finished sample to explain")
+    if chosen is None:
+        raise UnknownName("finished sample", str(name), [s.id for s in run.finished][:20])
+    if not chosen.peak_parts or chosen.dynamic_peak_bytes <= 0:
+        raise DataError(f"sample {chosen.id} was recorded without the parts of its peak")
+    return chosen
+
+
+def _answer(found: Explanation, now: Change, predictor: Predictor, progress: Progress) -> Explanation:
+    """``found`` with every counterfactual carried out."""
+    progress("the run as it is")
+    base = predictor.memory(now)["dynamic_peak_bytes"]
+    changes = [change for counterfactual in COUNTERFACTUALS for change in counterfactual(now)]
+    together, least = all_exact(now), floor(now)
+    if together is not None:
+        changes.append(together)
+    # One kind of attention after the other, so that a model is built once for each.
+    answers = [_carry_out(change, base, predictor, progress) for change in sorted(changes, key=_attention_of)]
+    return dataclasses.replace(
+        found,
+        predicted_peak_bytes=base,
+        answers=sorted(answers, key=lambda answer: (answer.refused is not None, -answer.saved_bytes)),
+        floor=None if least is None else _carry_out(least, base, predictor, progress),
+        notes=_notes(found, base),
+    )
+
+
+def _attention_of(change: Change) -> str:
+    return change.spec.attention
+
+
+def _carry_out(change: Change, base: int, predictor: Predictor, progress: Progress) -> Answer:
+    progress(change.name)
+    try:
+        memory = predictor.memory(change)
+    except (RuntimeError, ValueError, TypeError, AttributeError) as error:
+        return Answer(change.name, change.how, change.exact, refused=str(error).partition("\n")[0])
+    part = leading_part(memory["peak_parts"])
+    peak = int(memory["dynamic_peak_bytes"])
+    words = words_for(part, memory["peak_holders"])
+    return Answer(change.name, change.how, change.exact, peak, base - peak, part, words, memory["peak_phase"])
+
+
+def _notes(found: Explanation, base: int) -> list[str]:
+    if found.status == "measured":
+        gap = base / found.dynamic_peak_bytes - 1
+        return [
+            f"the peak was measured; what would lower it is predicted (this run's own prediction is {gap:+.1%} off)"
+        ]
+    if base != found.dynamic_peak_bytes:
+        return ["the run was predicted by another version of memprof, torch or transformers; answers use this one"]
+    return []

@@ -1,0 +1,73 @@
+"""DivPrune: keep the visual tokens that differ most from each other, before the language model runs."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from memprof.plugins import setting
+from memprof.pruning import OneCut
+
+if TYPE_CHECKING:
+    import torch
+
+    from memprof.pruning.view import View
+
+
+@dataclass(frozen=True)
+class DivPrune(OneCut):
+    """Greedy max-min diversity of the projected visual features, by cosine distance.
+
+    The first token is the one whose nearest neighbour is farthest; then, again and again, the one whose nearest token
+    among those already kept is farthest (paper, section 3; code, ``DivPrune`` in ``llava_arch.py``). Count
+    ``round(n * keep)``, as in the code, whose own share is 0.098.
+
+    Where it departs: the code holds the matrix of all pairs in the model's dtype and gathers a growing part of it at
+    every step; here each step computes one row in float32. The tokens are those of the code in exact arithmetic, and
+    copies of a kept token can come in again here only last, never twice. The code numbers what it keeps anew from 0;
+    memprof keeps the original positions, as for every method.
+    """
+
+    title = "DivPrune"
+    paper = "DivPrune, CVPR 2025, arXiv:2503.02175"
+    reference = "vbdi/divprune, LlavaMetaForCausalLM.DivPrune"
+    departs = "original positions; distances a row at a time in float32, never the matrix of all pairs"
+    layer: int = setting(0, "decoder layers that still see every token", origin="paper", ge=0)
+
+    @property
+    def needs(self) -> frozenset[str]:
+        """The tokens themselves."""
+        return frozenset({"source"})
+
+    def select(self, view: View, kept: int) -> torch.Tensor:
+        """``kept`` tokens, in the order they were chosen."""
+        import torch
+
+        from memprof.pruning.pairs import lengths
+
+        assert view.source is not None
+        unit = view.source / lengths(view.source)[:, None]
+        chosen = torch.empty(kept, dtype=torch.int64, device=view.device)
+        # Cosine to the nearest token kept so far; the first choice has none, and looks at its nearest neighbour.
+        nearest = _nearest_neighbour(unit)
+        for step in range(kept):
+            pick = chosen[step : step + 1]
+            torch.argmin(nearest, 0, keepdim=True, out=pick)
+            row = torch.mv(unit, unit.index_select(0, pick)[0])
+            nearest = row if step == 0 else torch.maximum(nearest, row, out=nearest)
+            nearest.index_fill_(0, pick, torch.inf)  # kept: never again, not even where all that is left are its copies
+        return chosen
+
+
+def _nearest_neighbour(unit: torch.Tensor) -> torch.Tensor:
+    """Cosine of each unit vector of ``(n, hidden)`` to the nearest other one: ``(n,)`` float32."""
+    import torch
+
+    from memprof.pruning.pairs import blocks, dots
+
+    nearest = []
+    for start, stop in blocks(len(unit)):
+        pairs = dots(unit[start:stop], unit)
+        pairs.diagonal(start).fill_(-torch.inf)
+        nearest.append(pairs.amax(1))
+    return torch.cat(nearest)
