@@ -31,6 +31,7 @@ def setting(
     le: float | None = None,
     choices: tuple[Any, ...] | None = None,
     search: tuple[Any, ...] | None = None,
+    monotone: bool = False,
 ) -> Any:
     """Declare one field of a plug-in: its default, its range, and who says so.
 
@@ -43,8 +44,12 @@ def setting(
         le: The value must be at most this.
         choices: The only values allowed.
         search: What ``memprof tune`` may try: ``(low, high)`` for numbers, or the values to choose from.
+        monotone: Whether memory never falls as this number rises, so that a search may halve its range.
     """
-    limits = {"help": help, "origin": origin, "gt": gt, "ge": ge, "le": le, "choices": choices, "search": search}
+    limits = {
+        "help": help, "origin": origin, "gt": gt, "ge": ge, "le": le, "choices": choices, "search": search,
+        "monotone": monotone,
+    }  # fmt: skip
     return dataclasses.field(default=default, metadata=limits)
 
 

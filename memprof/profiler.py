@@ -114,8 +114,9 @@ class Profiler:
             first, last = self.anatomy.vision[0][1], self.anatomy.vision[-1][1]
             self._hooks.append(first.register_forward_pre_hook(self._phase("vision"), prepend=True))
             self._hooks.append(last.register_forward_hook(self._phase("prefill")))
-        for name, module in self.anatomy.scoped(self.model):
-            self._scope(module, self.anatomy.part_of(name), name)
+        if self.meter.ledger is not None:  # nobody else asks for scopes, and two hooks a module take time in decoding
+            for name, module in self.anatomy.scoped(self.model):
+                self._scope(module, self.anatomy.part_of(name), name)
 
     def _scope(self, module: nn.Module, part: str, name: str) -> None:
         """Everything ``module`` allocates while it runs belongs to ``part``."""
@@ -153,15 +154,13 @@ class Profiler:
 
     def _end_token(self) -> None:
         self.meter.mark()
-        now = time.perf_counter()
-        self._seconds.append(now - self._clock)
-        self._clock = now
-        layers = [list(cache_tensors(layer)) for layer in _layers(self._cache)]
-        per_layer = [storage_bytes(tensors) for tensors in layers]
+        self._seconds.append(time.perf_counter() - self._clock)
+        layers = [cache_tensors(layer) for layer in _layers(self._cache)]
         if not self._kv_bytes:
-            self.kv_bytes_per_layer = per_layer
+            self.kv_bytes_per_layer = [storage_bytes(tensors) for tensors in layers]
             self.kv_tokens = [max((int(t.shape[-2]) for t in tensors), default=0) for tensors in layers]
         self._kv_bytes.append(storage_bytes([t for tensors in layers for t in tensors]))
+        self._clock = time.perf_counter()  # counting is no part of a token's time
 
 
 def _layers(cache: Any) -> list[Any]:

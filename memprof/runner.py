@@ -5,10 +5,11 @@ from __future__ import annotations
 import dataclasses
 import gc
 import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from functools import cached_property, partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -21,17 +22,27 @@ from memprof.environment import environment
 from memprof.errors import BadValue, MemprofError, UnknownName
 from memprof.families import Card, Family, PromptShape, find_model
 from memprof.families._build import build_model
+from memprof.families._checkpoint import card_from_checkpoint
+from memprof.families._proving import SelfContained
+from memprof.families._text import Tokenizer, load_tokenizer
 from memprof.meters import METERS, Meter, weights_of
+from memprof.meters.sim import SimMeter
+from memprof.predict import Predictor, source_hash
 from memprof.profiler import Profiler
 from memprof.pruning import Pruner, build_pruner, method_spec, visual_flops_cut
 from memprof.pruning.surgery import Layout, Surgery
-from memprof.records import STACKS, Run, RunRecord, RunSpec, SampleRecord, summarize
+from memprof.records import STACKS, Run, RunRecord, RunSpec, SampleRecord, TokenColumns, summarize
+from memprof.simulator.replay import Reading
 from memprof.stacks import Stack
 from memprof.store import RunFolder
 from memprof.tasks import TASKS, Sample, Task
 
 #: Called after each sample with the run so far and how many samples it is to have.
 Progress = Callable[[Run, int], None]
+
+
+#: What ``weights`` says in a spec where they come with memprof.
+SHIPPED = "shipped"
 
 
 @dataclass(frozen=True)
@@ -78,10 +89,14 @@ def place(prompt: Prompt, model: nn.Module) -> dict[str, torch.Tensor]:
 
 @dataclass
 class Outcome:
-    """What one profiled prompt left: the memory half of a sample's record, and the tokens it made."""
+    """What one profiled prompt left: the memory half of a sample's record, and the tokens it made.
+
+    ``refused`` is the allocation a card of the size asked for would have refused, in words, or None.
+    """
 
     memory: dict[str, Any]
     tokens: list[int] | None
+    refused: str | None = None
 
 
 def profile_prompt(
@@ -97,24 +112,37 @@ def profile_prompt(
         out = model.generate(  # type: ignore[operator]
             **inputs, max_new_tokens=new_tokens, do_sample=False, logits_processor=meter.logits_processors()
         )
-    reading = profiler.reading
     tokens = None if meter.status == "predicted" else [int(t) for t in out[0, len(prompt.ids) :]]
-    return Outcome(
-        {
-            "kept_visual_tokens": surgery.visual_tokens,
-            "kv_tokens_planned": surgery.kv_tokens,
-            "kv_tokens_found": profiler.kv_tokens,
-            "kv_bytes_per_layer": profiler.kv_bytes_per_layer,
-            "tokens": profiler.tokens,
-            "peak_token": reading.peak_token,
-            "peak_phase": reading.peak_phase,
-            "vision_peak_bytes": reading.vision_peak_bytes,
-            "peak_parts": reading.parts,
-            "peak_holders": reading.holders,
-            "dynamic_peak_bytes": max(reading.peak_allocated_bytes) - meter.static_bytes,
-        },
-        tokens,
-    )
+    memory = _memory(surgery, profiler.reading, profiler.tokens, profiler.kv_tokens, profiler.kv_bytes_per_layer)
+    return Outcome(memory, tokens, profiler.reading.refused)
+
+
+def _memory(
+    surgery: Surgery, reading: Reading, tokens: TokenColumns, kv_tokens: list[int], kv_bytes_per_layer: list[int]
+) -> dict[str, Any]:
+    """The memory half of a sample's record."""
+    return {
+        "kept_visual_tokens": surgery.visual_tokens,
+        "kv_tokens_planned": surgery.kv_tokens,
+        "kv_tokens_found": kv_tokens,
+        "kv_bytes_per_layer": kv_bytes_per_layer,
+        "tokens": tokens,
+        "peak_token": reading.peak_token,
+        "peak_phase": reading.peak_phase,
+        "vision_peak_bytes": reading.vision_peak_bytes,
+        "peak_parts": reading.parts,
+        "peak_holders": reading.holders,
+        "dynamic_peak_bytes": sum(reading.parts.values()),
+    }
+
+
+class Judge(Protocol):
+    """Compares a pruned prompt with the unpruned one (:class:`memprof.analysis.fidelity.Judge`)."""
+
+    def __call__(
+        self, model: nn.Module, prompt: Prompt, pruner: Pruner, stack: str, *, sample: str, new_tokens: int, seed: int
+    ) -> dict[str, float]:
+        """What goes under :attr:`SampleRecord.fidelity`."""
 
 
 class Bench:
@@ -122,38 +150,126 @@ class Bench:
 
     def __init__(self, spec: RunSpec) -> None:
         METERS.load(spec.device).check()
-        self.family, self.card = find_model(spec.model)
+        self.family, self.card = model_of(spec)
+        self.weights = weights_of_spec(self.family, self.card, spec)
         self._built: tuple[Any, ...] | None = None
-        self._model: nn.Module | None = None
-        self._meter: Meter | None = None
+        self._models: dict[int, tuple[nn.Module, Meter]] = {}
+        self._predictors: dict[Any, Predictor] = {}
         self._predicted: dict[Any, Outcome] = {}
+
+    @cached_property
+    def tokenizer(self) -> Tokenizer:
+        """The checkpoint's own; random weights bring none, so theirs is the one on the hub."""
+        return load_tokenizer(self.card, "hub" if self.weights == "random" else self.weights)
+
+    def prompt(self, spec: RunSpec, sample: Sample) -> Prompt | PromptShape:
+        """What ``sample`` asks: its question about its picture where weights are real and run, else its sizes alone."""
+        tokens = sample.text_tokens
+        asked = bool(sample.question) and self.weights != "random" and METERS.load(spec.device).status == "measured"
+        if tokens is None or asked:
+            tokens = len(self.tokenizer.encode(sample.question))
+        shape = self.family.shape(self.card, sample.width, sample.height, tokens, spec.max_tiles)
+        if not asked:
+            return shape
+        # Tokens can merge across the template's edges: the ids, not the counts, say how long the text is.
+        ids = self.family.prompt(self.card, sample.question, shape, self.tokenizer)
+        before = ids.index(self.family.image_token(self.card))
+        shape = dataclasses.replace(shape, before=before, after=len(ids) - before - shape.visual_tokens)
+        return make_prompt(self.family, self.card, shape, ids=ids, image=sample.image())
 
     def ready(self, spec: RunSpec) -> tuple[nn.Module, Meter]:
         """The model and its meter for ``spec``."""
-        wanted = (spec.model, spec.device, spec.dtype, spec.weights, spec.attention, spec.seed)
-        if self._model is None or self._meter is None or wanted != self._built:
-            self._model = self._meter = None
+        wanted = (spec.model, spec.device, spec.dtype, spec.weights, spec.attention, spec.seed, spec.gpu)
+        if wanted != self._built:
+            for kept in (self._models, self._predictors, self._predicted):
+                kept.clear()
             release(spec.device)
-            self._model = build_model(
-                self.family, self.card, device=spec.device, dtype=spec.dtype, weights=spec.weights,
+            self._built = wanted
+        return self._of_depth(spec, self.card.text["num_hidden_layers"])
+
+    def _of_depth(self, spec: RunSpec, depth: int) -> tuple[nn.Module, Meter]:
+        """The model with ``depth`` decoder layers, and its meter."""
+        if depth not in self._models:
+            card = dataclasses.replace(self.card, text={**self.card.text, "num_hidden_layers": depth})
+            model = build_model(
+                self.family, card, device=spec.device, dtype=spec.dtype, weights=self.weights,
                 attention=spec.attention, seed=spec.seed,
             )  # fmt: skip
-            self._meter = METERS.load(spec.device)(self._model)
-            self._built = wanted
-            self._predicted.clear()
-        return self._model, self._meter
+            self._models[depth] = model, METERS.load(spec.device).on(model, spec.gpu)
+        return self._models[depth]
 
-    def outcome(self, spec: RunSpec, pruner: Pruner, shape: PromptShape, seed: int) -> Outcome:
-        """Profile a prompt of random text and no picture: on a predicting meter, once for each distinct shape."""
+    def foresee(self, spec: RunSpec, pruner: Pruner, shapes: Iterable[PromptShape]) -> None:
+        """Be told which shapes will be asked for: where predicting, a few recordings then answer for all of them."""
+        predictor = self._predictor(spec, pruner)
+        if predictor is not None:
+            predictor.foresee(shapes, spec.max_new_tokens)
+
+    def outcome(self, spec: RunSpec, pruner: Pruner, prompt: Prompt | PromptShape, seed: int) -> Outcome:
+        """Profile a prompt, or random text of a prompt's sizes: on a predicting meter once for each distinct shape."""
         model, meter = self.ready(spec)
-        key = (pruner, spec.stack, spec.max_new_tokens, shape)
-        if meter.status == "predicted" and key in self._predicted:
-            return self._predicted[key]
-        prompt = make_prompt(self.family, self.card, shape, seed=seed)
-        outcome = profile_prompt(model, meter, pruner, spec.stack, prompt, new_tokens=spec.max_new_tokens, seed=seed)
-        if meter.status == "predicted":
-            self._predicted[key] = outcome
-        return outcome
+        if meter.status == "measured":
+            return self._profile(model, meter, pruner, spec.stack, prompt, spec.max_new_tokens, seed)
+        shape = prompt if isinstance(prompt, PromptShape) else prompt.shape
+        # The bytes do not depend on how a grid of so many tiles lies.
+        key = (pruner, spec.stack, spec.max_new_tokens, dataclasses.replace(shape, columns=shape.tiles, rows=1))
+        if key not in self._predicted:
+            self._predicted[key] = self._predict(spec, model, pruner, shape) or self._profile(
+                model, meter, pruner, spec.stack, shape, spec.max_new_tokens, seed
+            )
+        return self._predicted[key]
+
+    def _profile(
+        self,
+        model: nn.Module,
+        meter: Meter,
+        pruner: Pruner,
+        stack: str,
+        prompt: Prompt | PromptShape,
+        new_tokens: int,
+        seed: int,
+    ) -> Outcome:
+        if isinstance(prompt, PromptShape):
+            prompt = make_prompt(self.family, self.card, prompt, seed=seed)
+        return profile_prompt(model, meter, pruner, stack, prompt, new_tokens=new_tokens, seed=seed)
+
+    def _predict(self, spec: RunSpec, model: nn.Module, pruner: Pruner, shape: PromptShape) -> Outcome | None:
+        """What a program says of a shape, or None where none answers for it."""
+        predictor = self._predictor(spec, pruner)
+        forecast = predictor.forecast(shape, spec.max_new_tokens) if predictor is not None else None
+        if forecast is None:
+            return None
+        reading = forecast.reading
+        columns = TokenColumns(
+            reading.peak_allocated_bytes, reading.allocated_bytes, reading.reserved_bytes, forecast.kv_bytes,
+            reading.device_used_bytes, [None] * len(reading.allocated_bytes),
+        )  # fmt: skip
+        nowhere = np.zeros((shape.visual_tokens, 2), dtype=np.float32)
+        index = np.arange(shape.before, shape.before + shape.visual_tokens)
+        surgery = Surgery(model, pruner, Layout(shape.length, index, nowhere, np.zeros_like(index)))
+        memory = _memory(surgery, reading, columns, forecast.kv_tokens, forecast.kv_bytes_per_layer)
+        return Outcome(memory, None, reading.refused)
+
+    def _predictor(self, spec: RunSpec, pruner: Pruner) -> Predictor | None:
+        """What makes and keeps the programs of a method, where the meter predicts."""
+        _, meter = self.ready(spec)
+        if not isinstance(meter, SimMeter):
+            return None
+        key = (pruner, spec.stack)
+        if key not in self._predictors:
+            depends = {
+                "card": dataclasses.asdict(self.card), "method": method_spec(pruner), "stack": spec.stack,
+                "dtype": spec.dtype, "attention": spec.attention, "kernels": meter.kernels().name,
+                "source": source_hash(),
+            }  # fmt: skip
+            self._predictors[key] = Predictor(
+                self.card.text["num_hidden_layers"], meter, pruner,
+                partial(self._of_depth, spec),
+                lambda model, meter, pruner, shape, new_tokens: self._profile(
+                    model, meter, pruner, spec.stack, shape, new_tokens, spec.seed
+                ),
+                depends,
+            )  # fmt: skip
+        return self._predictors[key]
 
 
 def release(device: str) -> None:
@@ -163,13 +279,26 @@ def release(device: str) -> None:
         torch.cuda.empty_cache()
 
 
+def model_of(spec: RunSpec) -> tuple[Family, Card]:
+    """The family and card of ``spec``'s model; a checkpoint's own configuration decides its sizes."""
+    family, card = find_model(spec.model)
+    return family, card_from_checkpoint(family, card, weights_of_spec(family, card, spec))
+
+
+def weights_of_spec(family: Family, card: Card, spec: RunSpec) -> str:
+    """Where ``spec``'s weights are: ``random``, ``hub`` or a path, which may lie inside memprof."""
+    if isinstance(family, SelfContained) and spec.weights in ("random", SHIPPED):
+        return str(family.shipped(card))
+    return spec.weights
+
+
 def complete_spec(spec: RunSpec) -> tuple[RunSpec, Pruner, Task]:
     """Check ``spec`` before any model is built, and write its method as a canonical spec string.
 
     Raises:
         UsageError: An unknown name, or a value outside its range.
     """
-    _, card = find_model(spec.model)
+    family, card = model_of(spec)
     pruner = build_pruner(spec.method, spec.stack)
     layers = int(card.text["num_hidden_layers"])
     pruner.stages(1_000, layers)
@@ -181,20 +310,33 @@ def complete_spec(spec: RunSpec) -> tuple[RunSpec, Pruner, Task]:
     if spec.max_tiles is not None and spec.max_tiles < 1:
         raise BadValue(f"max_tiles={spec.max_tiles} is below 1")
     attention = "eager" if pruner.eager else spec.attention
-    return dataclasses.replace(spec, method=method_spec(pruner), attention=attention), pruner, TASKS.build(spec.task)
+    weights = SHIPPED if isinstance(family, SelfContained) and spec.weights == "random" else spec.weights
+    spec = dataclasses.replace(spec, method=method_spec(pruner), attention=attention, weights=weights)
+    return spec, pruner, TASKS.build(spec.task)
 
 
-def shard_of(samples: Sequence[Sample], shard: str | None) -> list[Sample]:
-    """Every n-th sample from the i-th on, for a shard written ``i/n`` with i from 1."""
+def samples_of(family: Family, task: Task, spec: RunSpec) -> tuple[Sequence[Sample], str]:
+    """The samples of a run and how they are to be named: the task's, or a self-contained model's own."""
+    if spec.data != "bundled" or not isinstance(family, SelfContained):
+        return task.samples(spec.data, spec.limit), task.label(spec.data)
+    found = []
+    for own in family.own_questions(task.name, spec.limit):
+        asked = own.question()
+        found.append(Sample(own.id, *own.size(), asked.text, len(asked.text.split()), (asked.answer,), None, own))
+    return found, family.own_label(task.name)
+
+
+def shard_of(count: int, shard: str | None) -> range:
+    """Numbers of every n-th of ``count`` samples from the i-th on, for a shard written ``i/n`` with i from 1."""
     if shard is None:
-        return list(samples)
+        return range(count)
     try:
         i, n = (int(part) for part in shard.split("/"))
         if not 1 <= i <= n:
             raise ValueError
     except ValueError:
         raise BadValue(f"shard={shard!r}; write i/n with 1 <= i <= n, for example 2/4") from None
-    return list(samples)[i - 1 :: n]
+    return range(i - 1, count, n)
 
 
 def run(
@@ -205,6 +347,7 @@ def run(
     resume: bool = False,
     force: bool = False,
     progress: Progress | None = None,
+    judge: Judge | None = None,
 ) -> Run:
     """Make the run ``spec`` describes in folder ``path``, sample by sample.
 
@@ -214,50 +357,72 @@ def run(
         DeviceUnavailable: The device is not on this machine.
     """
     spec, pruner, task = complete_spec(spec)
-    samples = shard_of(task.samples(spec.data, spec.limit), spec.shard)
     bench = bench or Bench(spec)
+    every, label = samples_of(bench.family, task, spec)
+    samples = [_read(every, number) for number in shard_of(len(every), spec.shard)]
     record = RunRecord(
         spec=spec,
         status=METERS.load(spec.device).status,
         layers=int(bench.card.text["num_hidden_layers"]),
-        data_label=task.label(spec.data),
+        data_label=label,
         environment=environment(),
     )
     with RunFolder.open(path, record, resume=resume, force=force) as folder:
         todo = [sample for sample in samples if sample.id not in folder.done]
         if todo:
             model, meter = bench.ready(spec)
-            _warm_up(bench, spec, pruner, todo[0])
+            _warm_up(bench, spec, pruner, task, todo[0])
             record = folder.record
             record.static_bytes = meter.static_bytes
             record.static_parts = _static_parts(model)
             record.environment |= {"dtype": spec.dtype, "attention": _attention(model, spec), **meter.environment()}
             record.notes = meter.notes()
             folder.save()
+            bench.foresee(spec, pruner, _shapes(bench, spec, todo))
         for sample in todo:
-            folder.append(_profile_sample(bench, spec, pruner, task, sample))
+            if isinstance(sample, Sample):
+                folder.append(_profile_sample(bench, spec, pruner, task, sample, judge))
+            else:
+                folder.append(sample)
             if progress is not None:
                 progress(folder.run(), len(samples))
         _finish(folder, bench.card, task, len(samples))
         return folder.run()
 
 
-def _profile_sample(bench: Bench, spec: RunSpec, pruner: Pruner, task: Task, sample: Sample) -> SampleRecord:
+def _read(samples: Sequence[Sample], number: int) -> Sample | SampleRecord:
+    """Sample ``number``, or the line that says why its row cannot be read."""
+    try:
+        return samples[number]
+    except MemprofError as error:
+        return SampleRecord(id=f"row-{number}", status="failed", error=str(error).partition("\n")[0])
+
+
+def _profile_sample(
+    bench: Bench, spec: RunSpec, pruner: Pruner, task: Task, sample: Sample, judge: Judge | None = None
+) -> SampleRecord:
     """One line of the run. What goes wrong with one sample is written down, and the run goes on."""
     record = SampleRecord(id=sample.id, width=sample.width, height=sample.height, category=sample.category)
     try:
         if sample.width < 1 or sample.height < 1:
             sample.image()  # says what is broken
-        tokens = sample.text_tokens
-        if tokens is None:
-            raise BadValue(
-                "its question has no token count, and random weights bring no tokenizer; use --data FILE.csv"
-            )
-        shape = bench.family.shape(bench.card, sample.width, sample.height, tokens, spec.max_tiles)
+        prompt, seed = bench.prompt(spec, sample), _seed(spec, sample)
+        shape = prompt.shape if isinstance(prompt, Prompt) else prompt
         record.tiles, record.visual_tokens, record.text_tokens = shape.tiles, shape.visual_tokens, shape.text_tokens
         release(spec.device)
-        outcome = bench.outcome(spec, pruner, shape, _seed(spec, sample))
-        return dataclasses.replace(record, **outcome.memory)
+        outcome = bench.outcome(spec, pruner, prompt, seed)
+        record = dataclasses.replace(record, **outcome.memory)
+        if outcome.refused is not None:
+            record.status, record.error = "oom", outcome.refused
+        if isinstance(prompt, Prompt) and outcome.tokens is not None:
+            record.answer = bench.tokenizer.decode(outcome.tokens).strip()
+            record.score = task.score(record.answer, sample) if sample.answers else None
+            if judge is not None:
+                record.fidelity = judge(
+                    bench.ready(spec)[0], prompt, pruner, spec.stack, sample=sample.id,
+                    new_tokens=spec.max_new_tokens, seed=seed,
+                )  # fmt: skip
+        return record
     except torch.cuda.OutOfMemoryError as error:
         record.status, record.error = "oom", str(error).partition("\n")[0]
     except (MemprofError, RuntimeError, ValueError) as error:
@@ -265,16 +430,25 @@ def _profile_sample(bench: Bench, spec: RunSpec, pruner: Pruner, task: Task, sam
     return record
 
 
+def _shapes(bench: Bench, spec: RunSpec, samples: Sequence[Sample | SampleRecord]) -> list[PromptShape]:
+    """The shapes that are known without a tokenizer."""
+    return [
+        bench.family.shape(bench.card, sample.width, sample.height, sample.text_tokens, spec.max_tiles)
+        for sample in samples
+        if isinstance(sample, Sample) and sample.text_tokens is not None and min(sample.width, sample.height) > 0
+    ]
+
+
 def _seed(spec: RunSpec, sample: Sample) -> int:
     """A seed of the sample's own, the same on every machine."""
     return spec.seed + zlib.crc32(sample.id.encode())
 
 
-def _warm_up(bench: Bench, spec: RunSpec, pruner: Pruner, sample: Sample) -> None:
+def _warm_up(bench: Bench, spec: RunSpec, pruner: Pruner, task: Task, sample: Sample | SampleRecord) -> None:
     """Run the first sample unrecorded where things are measured, so that lasting workspaces count as static."""
-    if METERS.load(spec.device).status == "measured":
+    if METERS.load(spec.device).status == "measured" and isinstance(sample, Sample):
         for _ in range(spec.warmup):
-            _profile_sample(bench, spec, pruner, TASKS.build(spec.task), sample)
+            _profile_sample(bench, spec, pruner, task, sample)
         release(spec.device)
 
 

@@ -6,7 +6,7 @@ the same machine and versions. What carries the training, all of it dropped afte
 * dense heads that name, for each visual token, its ink and place in the string (after the projector) and its character
   (after decoder layer 2, so that layers before it have little to read);
 * a head that locates, after decoder layer 1, the character to be written next: layer 1 learns to look at the image;
-* text-to-image attention hidden in random subsets of all layers, and background tokens dropped at random from the cut on;
+* text-to-image attention hidden in random subsets of all layers, background tokens dropped at random from layer 2 on;
 * Muon for matrices (Jordan et al. 2024, kellerjordan.github.io/posts/muon; here in float32), AdamW for the rest;
 * four questions packed on one image, each blind to the others.
 
@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import math
 import tempfile
 import time
 from collections.abc import Callable, Sequence
@@ -33,6 +32,7 @@ from torch.nn import functional as F
 
 from memprof.families._proving.drawing import (
     CHARACTERS,
+    HELD_OUT,
     INKS,
     LENGTHS,
     LETTERS,
@@ -57,8 +57,6 @@ READERS = range(NAME + 1, LAYERS)
 IDS = {token: number for number, token in enumerate(VOCABULARY)}
 #: <bos> <img>, the visual tokens, </img>.
 PREFIX = CELLS + 3
-#: Held-out pictures have seeds from here on; training's lie below.
-HELD_OUT = 1 << 40
 
 
 @dataclass(frozen=True)
@@ -305,7 +303,9 @@ class Muon:
         for group, stack, part in zip(self._groups, steps, parts, strict=True):
             for p, step in zip(group, part.view_as(stack), strict=True):
                 tall = p.shape[0] > p.shape[1]
-                p.mul_(1 - rate * decay).sub_(step.T if tall else step, alpha=rate * max(1, p.shape[0] / p.shape[1]) ** 0.5)
+                p.mul_(1 - rate * decay).sub_(
+                    step.T if tall else step, alpha=rate * max(1, p.shape[0] / p.shape[1]) ** 0.5
+                )
 
     def _nesterov(self, p: nn.Parameter, momentum: float) -> torch.Tensor:
         assert p.grad is not None
@@ -326,7 +326,9 @@ def orthogonal(stack: torch.Tensor, passes: int = 5) -> torch.Tensor:
 # -- training ----------------------------------------------------------------------------------------------------------
 
 
-def train(plan: Plan, rank: int = 0, out: Path | None = None, say: Callable[[str], None] = print) -> tuple[Any, list[float]]:
+def train(
+    plan: Plan, rank: int = 0, out: Path | None = None, say: Callable[[str], None] = print
+) -> tuple[Any, list[float]]:
     """Train by ``plan``; returns the model and the loss of every step. Call it in each of ``plan.world`` processes."""
     torch.set_num_threads(1)
     model = new_model(plan.seed)

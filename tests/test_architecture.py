@@ -35,7 +35,7 @@ ALLOWED = {
         "store", "simulator", "runner", "families", "meters", "profiler", "pruning", "tasks", "anatomy", "stacks",
     },
     "tuning": GROUND | {"store", "runner", "analysis", "families", "pruning", "tasks", "meters"},
-    "cli": {"*"},
+    "cli": {"*"}, "__main__": {"cli"},
 }  # fmt: skip
 NO_TORCH = {"errors", "units", "records", "plugins", "scopes", "environment", "store", "tasks", "figures", "reports"}
 

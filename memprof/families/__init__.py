@@ -57,7 +57,6 @@ class PromptShape:
         visual_tokens: Visual tokens in the prompt.
         before: Text tokens before the first visual token.
         after: Text tokens after the last one.
-        split: Visual tokens of each image where the prompt has several, in order; text stands between them.
     """
 
     tiles: int

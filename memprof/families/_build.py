@@ -48,9 +48,11 @@ def build_model(
     implementation = {"text_config": attention, "vision_config": "sdpa"}
 
     def from_config() -> Any:  # a PreTrainedModel; transformers is not typed
-        return AutoModelForImageTextToText.from_config(
+        model = AutoModelForImageTextToText.from_config(
             config, dtype=dtype_of(dtype), attn_implementation=implementation
         )
+        model.tie_weights()  # skipped together with the initialisation, and a tied head must count once
+        return model
 
     if device == "sim":
         from memprof.simulator.weightless import build_weightless

@@ -38,7 +38,8 @@ class Tokenizer(Protocol):
     def decode(self, ids: Iterable[int]) -> str:
         """The answer ``ids`` spell: special tokens left out, white space at both ends too.
 
-        Ids behind an end-of-turn token count: ``generate()`` stops there by itself, and the reference cuts nothing.
+        Ids the tokenizer does not know (a padded vocabulary has some) are left out. Ids behind an end-of-turn token
+        count: ``generate()`` stops there by itself, and the reference cuts nothing.
         """
 
 
@@ -74,13 +75,14 @@ def special_tokens(folder: Path) -> dict[str, int]:
     Raises:
         WeightsError: One of the files is not JSON.
     """
-    found: dict[str, int] = {}
-    for entry in (read_json(folder / "tokenizer.json") or {}).get("added_tokens", []):
-        if entry["special"]:
-            found[entry["content"]] = int(entry["id"])
-    found |= {token: int(id) for token, id in (read_json(folder / "added_tokens.json") or {}).items()}
+    added = (read_json(folder / "tokenizer.json") or {}).get("added_tokens", [])
     listed = (read_json(folder / "tokenizer_config.json") or {}).get("added_tokens_decoder", {})
-    return found | {entry["content"]: int(id) for id, entry in listed.items() if entry.get("special")}
+    entries = [*((entry["id"], entry) for entry in added), *listed.items()]
+    plain = {entry["content"] for _, entry in entries if not entry.get("special")}
+    bare = (read_json(folder / "added_tokens.json") or {}).items()  # says of none whether it is special
+    return {token: int(id) for token, id in bare if token not in plain} | {
+        entry["content"]: int(id) for id, entry in entries if entry["content"] not in plain
+    }
 
 
 class _Base:
@@ -146,7 +148,7 @@ class _SentencePiece(_Base):
         return list(self._model.encode(text))
 
     def _spell(self, ids: list[int]) -> str:
-        return str(self._model.decode(ids))
+        return str(self._model.decode([id for id in ids if id < self._model.vocab_size()]))
 
 
 class _Json(_Base):
@@ -165,9 +167,7 @@ class _Json(_Base):
         unknown = (stored.get("model") or {}).get("unk_token")
         self._spelt = {id: token for id, token in self._spelt.items() if token != unknown}
         begun = self._model.encode("x")
-        self.prefix = [id for id, is_special in zip(begun.ids, begun.special_tokens_mask, strict=True) if is_special]
-        if begun.special_tokens_mask[-1]:  # T5 and others end with one
-            self.prefix = begun.ids[: begun.special_tokens_mask.index(0)]
+        self.prefix = begun.ids[: begun.special_tokens_mask.index(0)]  # others may stand behind, which a prompt has not
 
     def _raw(self, text: str) -> list[int]:
         return list(self._model.encode(text, add_special_tokens=False).ids)

@@ -1,18 +1,20 @@
-"""The proving model: a tiny InternVL trained here to read drawn strings, so that pruning meets attention that was learnt.
+"""The proving model: a tiny InternVL that was trained to read drawn strings, so that pruning meets learnt attention.
 
-It stands for itself alone. Its architecture is InternVL's (InternViT, pixel shuffle, projector, Llama), its weights come
-with memprof, and ``scripts/train_proving.py`` makes them again. What it scores says nothing of any published model.
+It stands for itself alone. Its architecture is InternVL's (InternViT, pixel shuffle, projector, Llama), its weights
+come with memprof, and ``scripts/train_proving.py`` makes them again. What it scores says nothing of any other model.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
 
 from memprof.families import Card, Family, PromptShape
-from memprof.families._proving.drawing import CHARACTERS, INKS, LETTERS, SIZE
+from memprof.families._proving.drawing import CHARACTERS, INKS, LETTERS, SIZE, OwnQuestion
 from memprof.families._text import Special, encode_parts
 from memprof.families._tiling import cut_tiles, normalise
 from memprof.families.internvl import InternVL
@@ -51,6 +53,8 @@ _CARD = Card(
     extra={"image_token_id": _IMAGE, "downsample_ratio": 0.5},
     template=(2, 2),
 )  # fmt: skip
+#: Questions asked unless told otherwise.
+_QUESTIONS = 100
 
 
 class Proving(Family):
@@ -86,5 +90,25 @@ class Proving(Family):
 
     def prompt(self, card: Card, question: str, shape: PromptShape, tokenizer: Tokenizer) -> list[int]:
         """``<bos><img>``, the visual tokens, ``</img>``, the question, ``<answer>``."""
-        image = (Special("<img>"), Special(self.image_token(card), shape.visual_tokens), Special("</img>"))
-        return encode_parts((*image, question, Special("<answer>")), tokenizer)
+        image = Special(self.image_token(card), shape.visual_tokens)
+        parts = (Special("<bos>"), Special("<img>"), image, Special("</img>"), question, Special("<answer>"))
+        return encode_parts(parts, tokenizer)
+
+    def shipped(self, card: Card) -> Path:
+        """The checkpoint that comes with memprof: weights and tokenizer."""
+        del card
+        return Path(__file__).parent / "_proving"
+
+    def own_label(self, task: str) -> str:
+        """How :meth:`own_questions` are to be named wherever a number from them is shown."""
+        kind = "one-letter choices" if task == "ai2d" else "strings to read"
+        return f"proving model's own drawn questions ({kind}); none of them is of any data set"
+
+    def own_questions(self, task: str, limit: int | None = None) -> Sequence[OwnQuestion]:
+        """What this model can be asked in place of the bundled sample of ``task``, whose pictures it cannot read.
+
+        Args:
+            task: ``ai2d`` gives choices among A to D; any other task gives strings to read.
+            limit: How many; 100 by default.
+        """
+        return [OwnQuestion(number, task == "ai2d") for number in range(_QUESTIONS if limit is None else limit)]

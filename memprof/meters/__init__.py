@@ -35,6 +35,12 @@ class Meter:
         """Raise :class:`~memprof.errors.DeviceUnavailable`, saying what to do, where this meter cannot run."""
 
     @classmethod
+    def on(cls, model: nn.Module, gpu: str | None) -> Meter:
+        """The meter of ``model``; ``gpu`` names the card a predicting meter is to predict for."""
+        del gpu
+        return cls(model)
+
+    @classmethod
     def serves(cls, model: nn.Module) -> bool:
         """Whether this meter is the one for ``model``, judged by its weights."""
         raise NotImplementedError

@@ -2,82 +2,133 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
-from typing import Any, ClassVar
+from bisect import bisect_left
+from collections.abc import Callable
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import nn
 
-from memprof.errors import DeviceUnavailable
+from memprof import scopes
+from memprof.errors import BadValue, DeviceUnavailable, UsageError
 from memprof.meters import Meter, weights_of
 from memprof.records import PARTS, Status
 from memprof.simulator.allocator import BLOCK_BYTES
 from memprof.simulator.ledger import Ledger
 from memprof.simulator.replay import Reading, read_plain
+from memprof.simulator.trace import Trace
+
+#: While what is generated operators are told apart: ``prefill`` (caches afterwards too), ``all``, or ``none``.
+ATTRIBUTIONS = ("prefill", "all", "none")
+
+
+class Counters(NamedTuple):
+    """What the caching allocator counts on one device, in bytes: now, and the highest since its peaks were reset."""
+
+    allocated: int
+    peak_allocated: int
+    reserved: int
+    peak_reserved: int
+
+
+def read_counters(device: torch.device) -> Counters:
+    """The counters of ``device``: one look, without flattening the hundreds of numbers torch keeps."""
+    stats = torch.cuda.memory_stats_as_nested_dict(device)
+    allocated, reserved = stats["allocated_bytes"]["all"], stats["reserved_bytes"]["all"]
+    return Counters(allocated["current"], allocated["peak"], reserved["current"], reserved["peak"])
 
 
 class PeakCounter:
-    """The one peak counter a device has, shared by whoever measures on it.
+    """The one set of peak counters a device has, shared by whoever measures on it.
 
-    Reading resets it, so every window open around the innermost one is told of each peak, and what stood in the
-    counter before the first window is kept: :attr:`outer_bytes` is what ``torch.cuda.max_memory_allocated`` would
-    have said at the end had nobody reset it. PyTorch offers no way to write the counter back.
+    Reading resets them (allocated and reserved at once: torch knows no other way), so every window open around the
+    innermost one is told of each peak, and what stood there before the first window is kept: :attr:`outer_bytes` and
+    :attr:`outer_reserved_bytes` are what ``torch.cuda.max_memory_allocated`` and ``max_memory_reserved`` would have
+    said at the end had nobody reset them. PyTorch offers no way to write a counter back.
     """
 
     _open: ClassVar[list[PeakCounter]] = []
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
-        self.outer_bytes = 0
-        self._peak = 0
+        self.outer_bytes = self.outer_reserved_bytes = 0
+        self._allocated = self._reserved = 0
 
     def open(self) -> None:
-        """Begin to own the counter."""
-        self._spread()
-        self.outer_bytes = torch.cuda.max_memory_allocated(self.device)
+        """Begin to own the counters."""
+        now = self._spread()
+        self.outer_bytes, self.outer_reserved_bytes = now.peak_allocated, now.peak_reserved
         self._open.append(self)
-        torch.cuda.reset_peak_memory_stats(self.device)
-        self._peak = 0
+        self._restart()
 
-    def take(self) -> int:
-        """Highest allocated bytes since the counter was last taken or opened."""
-        self._spread()
-        peak, self._peak = self._peak, 0
-        torch.cuda.reset_peak_memory_stats(self.device)
-        return peak
+    def take(self) -> Counters:
+        """The counters now, with the highest since they were last taken or opened here."""
+        now = self._spread()._replace(peak_allocated=self._allocated, peak_reserved=self._reserved)
+        self._restart()
+        return now
 
     def close(self) -> None:
-        """Stop owning the counter."""
+        """Stop owning the counters."""
         self._spread()
         self._open.remove(self)
 
-    def _spread(self) -> None:
-        """Tell every window that is open on this device what the counter says now."""
-        peak = torch.cuda.max_memory_allocated(self.device)
-        for counter in self._open:
-            if counter.device == self.device:
-                counter._peak = max(counter._peak, peak)
-                counter.outer_bytes = max(counter.outer_bytes, peak)
+    def _restart(self) -> None:
+        self._allocated = self._reserved = 0
+        torch.cuda.reset_peak_memory_stats(self.device)
+
+    def _spread(self) -> Counters:
+        """Tell every window that is open on this device what the counters say now."""
+        now = read_counters(self.device)
+        for window in self._open:
+            if window.device == self.device:
+                window._allocated = max(window._allocated, now.peak_allocated)
+                window._reserved = max(window._reserved, now.peak_reserved)
+                window.outer_bytes = max(window.outer_bytes, now.peak_allocated)
+                window.outer_reserved_bytes = max(window.outer_reserved_bytes, now.peak_reserved)
+        return now
 
 
 class CudaMeter(Meter):
     """Measures a model on a card.
 
-    Allocated and reserved come from the caching allocator's counters, read after a synchronisation at each token's end.
-    Parts come from the ledger at the highest instant it saw; what the counters say beyond that is ``unexplained``.
+    Allocated and reserved bytes come from the caching allocator's counters: their peaks at every change of phase and,
+    after a synchronisation, at each token's end. So peak, token and phase of the peak are measured. Who held it comes
+    from the ledger, at the highest instant it saw in that phase of that token; what the counters say beyond that (a
+    kernel's workspace, a block's remainder) is ``unexplained``.
+
+    Args:
+        model: Weights on one card.
+        attribution: While the ledger watches operators, which takes time on the host. ``prefill``: until the first
+            token is done, then lifetimes and caches only: the peak lies in prefill unless hundreds of tokens are made,
+            and decoding keeps its speed. ``all``: always. ``none``: never; everything dynamic is ``unexplained``.
+        ask_driver: When the driver is asked for device bytes, which takes the host a while. ``changed``: for the first
+            two tokens and whenever reserved bytes have changed, else the entry is None. ``always``: for every token.
+
+    Raises:
+        DeviceUnavailable: There is no card.
+        UsageError: The weights lie on several cards.
     """
 
     status: ClassVar[Status] = "measured"
     about = "the caching allocator's counters, NVML for the process"
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, attribution: str = "prefill", ask_driver: str = "changed") -> None:
         super().__init__(model)
         self.check()
+        for value, valid in ((attribution, ATTRIBUTIONS), (ask_driver, ("changed", "always"))):
+            if value not in valid:
+                raise BadValue(f"{value!r} is not one of {', '.join(valid)}")
+        self.attribution, self.ask_driver = attribution, ask_driver
         self.weights = [tensor for _, tensor in weights_of(model)]
-        self.device = self.weights[0].device
+        cards = sorted({str(tensor.device) for tensor in self.weights if tensor.is_cuda})
+        if len(cards) != 1:
+            raise UsageError(f"the weights lie on {', '.join(cards) or 'no card'}; memprof measures one card")
+        self.device = torch.device(cards[0])
         self.counter = PeakCounter(self.device)
-        self._driver = _Driver(self.device)
-        self._static = 0
+        self._driver = Driver(self.device)
+        self._static: int | None = None  # None while no window is open
 
     @classmethod
     def check(cls) -> None:
@@ -95,98 +146,208 @@ class CudaMeter(Meter):
     @property
     def static_bytes(self) -> int:
         """Bytes allocated now, or when the window was opened."""
-        return self._static if self.ledger is not None else int(torch.cuda.memory_allocated(self.device))
+        return int(torch.cuda.memory_allocated(self.device)) if self._static is None else self._static
 
     def environment(self) -> dict[str, Any]:
-        """Card, driver, and the allocator settings as the process sees them."""
+        """Card, driver, and the settings that move bytes, as the process has them."""
         properties = torch.cuda.get_device_properties(self.device)
+        backend = torch.cuda.get_allocator_backend()
         return {
             "gpu": properties.name,
             "gpu_memory_bytes": properties.total_memory,
             "compute_capability": f"{properties.major}.{properties.minor}",
             "cuda": torch.version.cuda,
-            "driver": self._driver.version(),
-            "allocator": torch.cuda.get_allocator_backend(),
+            "cudnn": torch.backends.cudnn.version(),  # type: ignore[no-untyped-call]
+            "driver": self._driver.version,
+            "device_bytes_of": self._driver.whose,
+            "allocator": backend,
+            "allocator_in_force": allocator_in_force() if backend == "native" else None,
+            "attribution": self.attribution,
             "cuda_visible_devices": os.environ.get("CUDA_VISIBLE_DEVICES"),
+            "cublas_workspace_config": os.environ.get("CUBLAS_WORKSPACE_CONFIG"),
         }
 
     def notes(self) -> list[str]:
-        """That the driver could not be asked, if so."""
-        return [self._driver.problem] if self._driver.problem else []
+        """Whose device bytes are, where they are not the process's own; that parts are not told apart, if so."""
+        unknown = ["parts unknown: attribution is off, so all dynamic bytes are unexplained"]
+        return [note for note in (self._driver.problem,) if note] + (unknown if self.attribution == "none" else [])
 
     def open(self) -> None:
-        """Own the peak counter and enter a ledger."""
+        """Own the peak counters and enter a ledger."""
         torch.cuda.synchronize(self.device)
         self._static = int(torch.cuda.memory_allocated(self.device))
-        self._reading = Reading()
+        self._reading, self._spans = Reading(), list[_Span]()
+        self._phase, self._asked_at = "prefill", -1
         self.counter.open()
-        self.ledger = Ledger("cuda")
-        self.ledger.ignore(self.weights)
-        self.ledger.listen()
+        if self.attribution != "none":
+            self.ledger = _RestingLedger(self.device.type)
+            self.ledger.ignore(self.weights)
+            self.ledger.listen()
 
     def mark(self) -> None:
         """Read and reset the counters."""
-        assert self.ledger is not None
         torch.cuda.synchronize(self.device)
-        stats = torch.cuda.memory_stats(self.device)
-        self._reading.reserved_bytes.append(int(stats["reserved_bytes.all.peak"]))
-        self._reading.allocated_bytes.append(int(stats["allocated_bytes.all.current"]))
-        self._reading.peak_allocated_bytes.append(self.counter.take())
-        self._reading.device_used_bytes.append(self._driver.used_bytes())
-        self.ledger.trace.mark()
+        reading, token = self._reading, len(self._reading.allocated_bytes)
+        now = self._take()
+        spans = [span.peaks for span in self._spans if span.token == token]
+        reading.peak_allocated_bytes.append(max(peaks.peak_allocated for peaks in spans))
+        reading.reserved_bytes.append(max(peaks.peak_reserved for peaks in spans))
+        reading.allocated_bytes.append(now.allocated)
+        ask = token < 2 or now.reserved != self._asked_at or self.ask_driver == "always"
+        self._asked_at = now.reserved
+        reading.device_used_bytes.append(self._driver.used_bytes() if ask else None)
+        if isinstance(self.ledger, _RestingLedger):
+            self.ledger.trace.mark()
+            if self.attribution == "prefill" and not token:
+                self.ledger.rest()
 
     def phase(self, name: str) -> None:
-        """Note the phase; the vision encoder's own peak is read off the ledger."""
-        assert self.ledger is not None
-        self.ledger.trace.phase(name)
+        """Read and reset the counters: the highest instant of each phase is measured, not inferred."""
+        self._take()
+        self._phase = name
+        if self.ledger is not None:
+            self.ledger.trace.phase(name)
 
     def close(self) -> Reading:
-        """Give the counter back; parts from the ledger's trace."""
-        assert self.ledger is not None
-        traced = read_plain(self.ledger.close(), self._static, BLOCK_BYTES)
-        self.ledger = None
+        """Give the counters back; parts from the ledger's trace, at the place of the measured peak."""
+        assert self._static is not None
+        static, self._static = self._static, None
+        trace, self.ledger = self.ledger.close() if self.ledger is not None else None, None
         self.counter.close()
         reading = self._reading
-        reading.peak_token = max(
-            range(len(reading.peak_allocated_bytes)), key=reading.peak_allocated_bytes.__getitem__, default=0
-        )
-        reading.peak_phase, reading.holders = traced.peak_phase, traced.holders
-        reading.vision_peak_bytes = traced.vision_peak_bytes
-        dynamic = max(reading.peak_allocated_bytes, default=self._static) - self._static
-        reading.parts = traced.parts or dict.fromkeys(PARTS, 0)
-        reading.parts["unexplained"] = dynamic - sum(v for k, v in reading.parts.items() if k != "unexplained")
+        spans = [span for span in self._spans if span.token < len(reading.allocated_bytes)]
+        reading.parts = dict.fromkeys(PARTS, 0)
+        if spans:
+            top = max(spans, key=lambda span: span.peaks.peak_allocated)
+            reading.peak_token, reading.peak_phase = top.token, top.phase
+            if trace is not None:
+                traced = read_plain(_only(trace, top), static, BLOCK_BYTES)
+                reading.parts, reading.holders = reading.parts | traced.parts, traced.holders
+            reading.parts["unexplained"] = top.peaks.peak_allocated - static - sum(reading.parts.values())
+        seen = [span.peaks.peak_allocated for span in spans if span.phase == "vision"]
+        reading.vision_peak_bytes = max(seen, default=0)
         return reading
 
+    def _take(self) -> Counters:
+        """Take the counters, and note for which stretch of the window their peaks stand."""
+        begin = self._spans[-1].stop if self._spans else 0
+        stop = len(self.ledger.trace.events) if self.ledger is not None else 0
+        taken = self.counter.take()
+        self._spans.append(_Span(begin, stop, len(self._reading.allocated_bytes), self._phase, taken))
+        return taken
 
-class _Driver:
-    """What the driver says this process uses, through NVML; without NVML, a note."""
+
+class _Span(NamedTuple):
+    """A stretch of a window inside one token and one phase: its events in the trace, and the counters at its end."""
+
+    begin: int
+    stop: int
+    token: int
+    phase: str
+    peaks: Counters
+
+
+def _only(trace: Trace, span: _Span) -> Trace:
+    """``trace`` as if there had been ``span`` alone: what was held when it began, and what happened in it."""
+    held = set(trace.live_after(span.begin))
+    before = [at for at, event in enumerate(trace.events[: span.begin]) if event in held]
+    events = [trace.events[at] for at in before] + trace.events[span.begin : span.stop]
+    phases = [
+        (bisect_left(before, at) if at < span.begin else at - span.begin + len(before), name)
+        for at, name in trace.phases
+        if at <= span.stop
+    ]
+    return dataclasses.replace(trace, events=events, marks=[len(events)], phases=phases)
+
+
+class _RestingLedger(Ledger):
+    """A ledger that can stop seeing operators: from then on it sees ends, and what is claimed for a cache."""
+
+    resting = False
+
+    def rest(self) -> None:
+        """Stop seeing operators."""
+        self.__exit__(None, None, None)  # type: ignore[no-untyped-call]
+        self.resting = True
+
+    def claim(self, tensor: torch.Tensor, part: str) -> None:
+        """Count ``tensor``'s storage to ``part``; while resting, it may be new."""
+        if self.resting:
+            with scopes.scope(part, "cache"):
+                self.adopt(tensor, "cache")
+        super().claim(tensor, part)
+
+    def close(self) -> Trace:
+        """The trace."""
+        if self.resting:
+            self.listen()
+        return super().close()
+
+
+def allocator_in_force() -> dict[str, Any] | None:
+    """The caching allocator's settings as it runs, set by whatever way; None where this torch does not tell."""
+    settings = torch.cuda.memory._snapshot().get("allocator_settings")
+    return dict(settings) if settings else None
+
+
+class Driver:
+    """What the driver says this process uses of a card, CUDA context included.
+
+    NVML is asked, by the card's UUID: its own numbering ignores ``CUDA_VISIBLE_DEVICES``. In a container with process
+    ids of its own NVML may list this process under another id, or not at all; then, and without NVML, what
+    ``cudaMemGetInfo`` says stands in, which is of the whole card. Which of the two it is, is settled once.
+
+    Attributes:
+        version: Of the driver, or None.
+        whose: ``process``, or ``card``: everyone's bytes on it.
+        problem: Why it is not ``process``, in one line; else empty.
+    """
 
     def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self.version: str | None = None
         self.problem = ""
-        self._handle: Any = None
+        self._processes: Callable[[], list[Any]] | None = None
         try:
             import pynvml
 
             pynvml.nvmlInit()
-            uuid = f"GPU-{torch.cuda.get_device_properties(device).uuid}"
-            self._nvml, self._handle = pynvml, pynvml.nvmlDeviceGetHandleByUUID(uuid)
+            self.version = str(pynvml.nvmlSystemGetDriverVersion())
+            handle = _handle(pynvml, str(torch.cuda.get_device_properties(device).uuid))
+            self._processes = lambda: pynvml.nvmlDeviceGetComputeRunningProcesses(handle)
+            # Another namespace's process may bear this id: ours holds at least what torch has reserved.
+            known = (self._own() or 0) >= max(1, torch.cuda.memory_reserved(device))
+            why = "" if known else f"NVML has no figure for process {os.getpid()}; in a container its id may be another"
         except ImportError:
-            self.problem = "device bytes unknown: nvidia-ml-py is not installed (pip install 'memprof-vlm[cuda]')"
+            why = "nvidia-ml-py is not installed (pip install 'memprof-vlm[cuda]')"
         except Exception as error:  # NVML's errors share no base class with anything else
-            self.problem = f"device bytes unknown: NVML says {error}"
-
-    def version(self) -> str | None:
-        """Driver version, or None."""
-        return str(self._nvml.nvmlSystemGetDriverVersion()) if self._handle is not None else None
+            why = f"NVML says {error}"
+        if why:
+            self._processes = None
+            self.problem = f"device bytes are the whole card's, of all processes: {why}"
+        self.whose = "card" if why else "process"
 
     def used_bytes(self) -> int | None:
-        """Bytes this process uses on the card, CUDA context included; None where the driver does not say."""
-        if self._handle is None:
-            return None
+        """Device bytes now (see :attr:`whose`); None where the driver no longer says."""
+        if self._processes is None:
+            free, total = torch.cuda.mem_get_info(self.device)
+            return int(total - free)
         try:
-            processes = self._nvml.nvmlDeviceGetComputeRunningProcesses(self._handle)
+            return self._own()
         except Exception as error:
-            self.problem, self._handle = f"device bytes unknown: NVML says {error}", None
+            self.problem = f"device bytes are missing in places: NVML says {error}"
             return None
-        used = [p.usedGpuMemory for p in processes if p.pid == os.getpid()]
-        return int(used[0]) if used and used[0] is not None else None
+
+    def _own(self) -> int | None:
+        """Bytes NVML has for this process, or None."""
+        assert self._processes is not None
+        used = (p.usedGpuMemory for p in self._processes() if p.pid == os.getpid())
+        return sum(int(n) for n in used if n is not None) or None
+
+
+def _handle(nvml: Any, uuid: str) -> Any:
+    """NVML's handle of the card, or of the slice of one (MIG), with this UUID."""
+    try:
+        return nvml.nvmlDeviceGetHandleByUUID(f"GPU-{uuid}")
+    except nvml.NVMLError:
+        return nvml.nvmlDeviceGetHandleByUUID(f"MIG-{uuid}")

@@ -89,7 +89,9 @@ _OF_THE_LAYER_BEFORE = frozenset({"target", "row", "map"})
 class OneCut(Pruner):
     """A pruner that cuts once: its share and its layer."""
 
-    keep: float = setting(0.5, "share of visual tokens kept", origin="paper", gt=0, le=1, search=(0.02, 1.0))
+    keep: float = setting(
+        0.5, "share of visual tokens kept", origin="paper", gt=0, le=1, search=(0.02, 1.0), monotone=True
+    )
     layer: int = setting(2, "decoder layers that still see every token", origin="paper", ge=0, search=(1, 8))
 
     def stages(self, n_visual: int, n_layers: int) -> Sequence[Stage]:
@@ -97,9 +99,7 @@ class OneCut(Pruner):
         if self.layer >= n_layers:
             raise BadValue(f"layer={self.layer} is beyond the model's {n_layers} decoder layers (0 to {n_layers - 1})")
         if self.layer == 0 and self.needs & _OF_THE_LAYER_BEFORE:
-            raise BadValue(
-                "layer=0: the method looks at the layer before its cut, and there is none; take layer=1 or more"
-            )
+            raise BadValue("layer=0: the method looks at the layer before its cut; take layer=1 or more")
         kept = n_visual if self.keep == 1 else max(1, round(n_visual * self.keep)) if n_visual else 0
         return (Stage(self.layer, kept),) if kept < n_visual else ()
 

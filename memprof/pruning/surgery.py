@@ -1,8 +1,8 @@
 """The only writer of model behaviour: carries out a pruner's choice by hooks, and leaves nothing behind.
 
 Tokens are dropped, not hidden: hidden states, rotary positions and masks lose their rows, so every later layer
-computes and caches only what stays. Layer caches become ragged. Positions are the original ones. ``generate()`` reads
-the sequence length from layer 0, which sees every token, so decoding goes on from the full length without being told.
+computes and caches only what stays. Layer caches become ragged. Positions are the original ones, and decoding goes on
+from the full length without being told: ``generate()`` counts positions from the prompt it was given.
 
 A pruner slices nothing. That is why a doubled or retained KV could exist in this file only.
 """
@@ -28,7 +28,7 @@ from memprof.pruning.view import View
 from memprof.pruning.vision import attention_received, patches_to_tokens, vision_attention
 
 Hook = Callable[..., Any]
-#: The vision tower's layer that :attr:`View.vision` is read from: VisionZip's, and the one LLaVA takes its features from.
+#: The vision tower's layer that :attr:`View.vision` is read from: VisionZip's, and LLaVA's own for its features.
 VISION_LAYER = -2
 
 #: What FastV's first code, which masks, keeps from its cut to the end of its loop over the layers
@@ -122,14 +122,13 @@ class Surgery:
             # asking every layer for its map, and its variables hold the one it ranked by until the loop is over.
             for layer in self._layers if self.pruner.mask_only else self._layers[: self.stages[-1].layer]:
                 self._post(cast(nn.Module, layer.self_attn), self._keep_map)
-            if self.pruner.mask_only:
-                self._post(self._layers[-1], lambda *_: self._seen.clear())
         for stage in self.stages:
             if stage.layer:
                 self._watch(self._layers[stage.layer - 1], stage)
         for number in range(self.stages[0].layer, len(self._layers)):
             cuts = sum(stage.layer <= number for stage in self.stages)
             self._pre(self._layers[number], partial(self._adjust, cuts))
+        self._post(self._layers[-1], lambda *_: self._release())
         return self
 
     def __exit__(
@@ -175,7 +174,6 @@ class Surgery:
         past = cache.get_seq_length()
         if past:
             self._prefill, self._past = False, past
-            self._release()
             return None
         self._reset()
         self._prefill = True
@@ -407,7 +405,7 @@ def _placed(values: npt.NDArray[Any], like: torch.Tensor) -> torch.Tensor:
 
 
 def _heads(attention: Any, which: str, hidden: torch.Tensor) -> torch.Tensor:
-    """Queries (``q``) or keys (``k``) of ``hidden`` ``(1, r, hidden)`` by head, before rotary: ``(1, heads, r, dim)``."""
+    """Queries (``q``) or keys (``k``) of ``(1, r, hidden)`` by head, before rotary: ``(1, heads, r, dim)``."""
     made = getattr(attention, f"{which}_proj")(hidden).view(1, hidden.shape[1], -1, attention.head_dim)
     norm = getattr(attention, f"{which}_norm", None)
     return cast(torch.Tensor, made if norm is None else norm(made)).transpose(1, 2)

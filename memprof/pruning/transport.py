@@ -12,11 +12,9 @@ import torch
 
 from memprof.pruning.pairs import blocks
 
-#: A block of costs: ``cost(start, stop)`` gives rows ``start`` to ``stop``, ``(stop - start, n)`` float32, to be changed
-#: in place by whoever asked for it.
+#: A block of costs: ``cost(start, stop)`` gives rows ``start`` to ``stop``, ``(stop - start, n)`` float32, for whoever
+#: asked to change in place.
 Cost = Callable[[int, int], torch.Tensor]
-#: Largest cost in units of ``eps`` for which ``exp(-C / eps)`` is an ordinary float32: ``exp(-87.3)`` is the smallest.
-MAX_EXPONENT = 80.0
 
 
 def sinkhorn(
@@ -30,7 +28,7 @@ def sinkhorn(
     ``rows`` whatever the cost.)
 
     Args:
-        cost: Blocks of costs, none above :data:`MAX_EXPONENT` times ``eps``.
+        cost: Blocks of costs, none above 80 ``eps``: from 87 on, ``exp(-C / eps)`` is no ordinary float32.
         rows: ``(n,)`` float32, positive, summing to 1.
         columns: ``(n,)`` float32, positive, summing to 1.
         eps: Entropic regularisation, in units of cost.
@@ -46,6 +44,7 @@ def sinkhorn(
             kernel = _kernel(cost, start, stop, eps)
             scaled = torch.div(rows[start:stop], kernel @ v, out=u[start:stop])
             reached += scaled @ kernel
+            del kernel  # before the next block is made: two blocks at a time, not three
         v = columns / reached
     return u, v
 

@@ -23,9 +23,7 @@ def vision_attention(vision: Iterable[tuple[str, nn.Module]], layer: int) -> Any
     block = max(stacks, key=len)[layer] if stacks else nn.Identity()
     found = next((m for m in block.modules() if hasattr(m, "q_proj") and hasattr(m, "k_proj")), None)
     if found is None:
-        raise UsageError(
-            "the method ranks by the vision tower's attention, and this model's tower has no q_proj, k_proj"
-        )
+        raise UsageError("the method ranks by the vision tower's attention, and this tower has no q_proj and k_proj")
     return found
 
 

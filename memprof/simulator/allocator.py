@@ -279,6 +279,8 @@ class Replay:
     reserved: tuple[int, ...]
     #: Index of the event that set each window's allocated peak; -1 where the window never rose above its start.
     peak_events: tuple[int, ...]
+    #: Bytes of the block each number got: the request, its rounding, and what was too little to split off.
+    granted: list[int]
     #: The allocation that did not fit, if one did not: then the last window ends there.
     refused: Refusal | None = None
     #: Index of the event that was refused.
@@ -381,7 +383,18 @@ class CachingAllocator:
             twin._place = twin._next_address
         return twin
 
+    def unlimited(self) -> CachingAllocator:
+        """A copy on a device that never refuses."""
+        twin = self.copy()
+        twin.capacity_bytes, twin._driver_limit, twin._allowed, twin._gc = None, _NEVER, None, False
+        return twin
+
     # ------------------------------------------------------------------------------------------------ what it holds
+
+    @property
+    def limit_bytes(self) -> int | None:
+        """The most it may reserve: the device, or the share of it that the settings allow; None without a limit."""
+        return self.capacity_bytes if self._allowed is None else self._allowed
 
     @property
     def allocated(self) -> int:
@@ -424,7 +437,7 @@ class CachingAllocator:
     def malloc(self, nbytes: int, stream: Hashable = 0) -> int:
         """Allocate ``nbytes`` for ``stream``; returns the address (0 for 0 bytes, as torch's null pointer)."""
         live = [0]
-        self._run((0,), (self.settings.round_size(nbytes),), live, stream)
+        self._run((0,), [self.settings.round_size(nbytes)], live, stream)
         block = live[0]
         if block:
             self._at[self._address[block]] = block
@@ -437,7 +450,7 @@ class CachingAllocator:
         block = self._at.pop(address, 0)
         if not block:
             raise BadValue(f"address {address:#x} is not allocated")
-        self._run((-1,), (), [block], 0)
+        self._run((-1,), [], [block], 0)
 
     def replay(
         self,
@@ -477,7 +490,7 @@ class CachingAllocator:
                 break
         self._at.update((self._address[block], block) for block in live if block)
         return Replay(
-            tuple(peaks), tuple(ends), tuple(reserved_peaks), tuple(reserved_ends), tuple(peak_events),
+            tuple(peaks), tuple(ends), tuple(reserved_peaks), tuple(reserved_ends), tuple(peak_events), wants,
             self.refused, refused_event,
         )  # fmt: skip
 
@@ -536,11 +549,12 @@ class CachingAllocator:
 
     # ------------------------------------------------------------------------------- the rules that every event meets
 
-    def _run(self, order: Sequence[int], wants: Sequence[int], live: list[int], stream: Hashable) -> int:
+    def _run(self, order: Sequence[int], wants: list[int], live: list[int], stream: Hashable) -> int:
         """Run events (see :meth:`replay`) over ``live``, the row of each number, 0 where it holds none.
 
-        ``wants`` are block sizes, already rounded. Returns the number whose allocation set the peak, or -1. This is the
-        hot loop of the predictor: it keeps everything in locals and speaks to the table directly.
+        ``wants`` are block sizes, already rounded; where a whole larger block was handed out, its size takes the place
+        of what was wanted. Returns the number whose allocation set the peak, or -1. This is the hot loop of the
+        predictor: it keeps everything in locals and speaks to the table directly.
         """
         address, size, room = self._address, self._size, self._room
         before, after, home, born, spare = self._before, self._after, self._home, self._born, self._spare
@@ -581,7 +595,9 @@ class CachingAllocator:
                     block = blocks[i]
                     rest = sizes[i] - want
                     if rest < least:
-                        want += rest
+                        if rest:
+                            want += rest
+                            wants[number] = want
                         del sizes[i], blocks[i]
                         room[block] = 0
                     else:

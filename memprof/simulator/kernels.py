@@ -15,6 +15,9 @@ from memprof.simulator.trace import Trace
 class Kernels:
     """The kernels of a card, as far as bytes go."""
 
+    #: What distinguishes programs made with these kernels from others.
+    name = "none"
+
     def run(self, func: Any, args: Any, kwargs: Any, trace: Trace, part: str, module: str) -> Any:
         """Run ``func`` and enter what its CUDA kernel would take beside its results."""
         del trace, part, module

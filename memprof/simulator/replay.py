@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass, field
 from itertools import pairwise
 
@@ -10,11 +9,13 @@ import numpy as np
 import numpy.typing as npt
 
 from memprof.records import PARTS, Holder
-from memprof.simulator.allocator import CachingAllocator
+from memprof.simulator.allocator import SMALL_LIMIT, AllocatorSettings, CachingAllocator
 from memprof.simulator.trace import Trace
 
 #: How many of the largest tensors at the peak a record keeps.
 LARGEST = 24
+
+Ints = npt.NDArray[np.int64]
 
 
 @dataclass
@@ -29,7 +30,8 @@ class Reading:
         vision_peak_bytes: Highest allocated bytes in phase ``vision``; 0 where there was none.
         parts: Bytes above static at that instant, by part.
         holders: The largest tensors alive then, biggest first.
-        refused: The allocation a card of the given size would have refused, in words, or None.
+        refused: The allocation a card of the given size would have refused, in words, or None. Then the columns end
+            with the last token that was done before, and the instant is that of the refusal.
     """
 
     peak_allocated_bytes: list[int] = field(default_factory=list)
@@ -44,97 +46,183 @@ class Reading:
     refused: str | None = None
 
 
+class Timeline:
+    """A trace's order of events as arrays: what many traces of one program share, made once for all of them.
+
+    Attributes:
+        events: Up to the last mark (all of them where there is none), as the trace has them.
+        slots: The slot each is about, ``(events,)``.
+        born: Whether it is a birth, ``(events,)``.
+        birth, death: Event number of each slot's birth and death, ``(slots,)``; past the end where there was none.
+    """
+
+    def __init__(self, trace: Trace) -> None:
+        self.marks, self.phases = trace.marks, trace.phases
+        self.events = np.asarray(trace.events[: trace.marks[-1]] if trace.marks else trace.events, dtype=np.int64)
+        self.born = self.events >= 0
+        self.slots = np.where(self.born, self.events, ~self.events)
+        self.birth = np.full(len(trace.parts), len(self.events))
+        self.death = self.birth.copy()
+        (at,) = np.nonzero(self.born)
+        self.birth[self.slots[at]] = at
+        (at,) = np.nonzero(~self.born)
+        self.death[self.slots[at]] = at
+
+    def level(self, sizes: Ints, start: int = 0) -> Ints:
+        """Bytes held before each event and after the last, given each slot's bytes: ``(events + 1,)``."""
+        change = sizes[self.slots]
+        return start + np.concatenate(([0], np.cumsum(np.where(self.born, change, -change))))
+
+    def live_after(self, event: int) -> Ints:
+        """Slots alive right after event number ``event``, in order of birth."""
+        return np.nonzero((self.birth <= event) & (self.death > event))[0]
+
+    def vision(self) -> list[tuple[int, int]]:
+        """First event, and the one after the last, of each stretch of phase ``vision``."""
+        ends = [*(start for start, _ in self.phases[1:]), len(self.events)]
+        return [
+            (a, min(b, len(self.events))) for (a, name), b in zip(self.phases, ends, strict=True) if name == "vision"
+        ]
+
+
 def read_plain(trace: Trace, static_bytes: int, rounding: int = 1) -> Reading:
     """Read ``trace`` with every storage rounded up to ``rounding`` bytes and no allocator behind it."""
+    line = Timeline(trace)
     sizes = -(-np.asarray(trace.nbytes, dtype=np.int64) // rounding) * rounding
-    level = _level(trace, sizes)
-    reading = Reading()
-    for start, stop, before in _windows(trace.marks, level):
-        reading.peak_allocated_bytes.append(static_bytes + max(before, int(level[start:stop].max(initial=0))))
-        reading.allocated_bytes.append(static_bytes + (int(level[stop - 1]) if stop else 0))
+    reading = _read(trace, line, sizes, line.level(sizes, static_bytes))
     reading.reserved_bytes = list(reading.peak_allocated_bytes)
-    reading.device_used_bytes = [None] * len(trace.marks)
-    ends = [start for start, _ in trace.phases[1:]] + [trace.marks[-1] if trace.marks else len(level)]
-    for (start, name), stop in zip(trace.phases, ends, strict=True):
-        if name == "vision" and stop > start:
-            reading.vision_peak_bytes = max(reading.vision_peak_bytes, static_bytes + int(level[start:stop].max()))
-    in_window = level[: trace.marks[-1]] if trace.marks else level
-    if len(in_window):
-        _read_peak(reading, trace, int(np.argmax(in_window)), dict(enumerate(sizes.tolist())))
     return reading
 
 
-def read_cuda(trace: Trace, start: CachingAllocator) -> Reading:
+def read_cuda(trace: Trace, start: CachingAllocator, line: Timeline | None = None) -> Reading:
     """Read ``trace`` as the caching allocator would have served it, beginning from the state ``start`` (left as it is).
 
     Allocated bytes are those of blocks, as the allocator's own counter has them: a request rounded up, and what was
-    too little to split off.
+    too little to split off. ``line`` is the trace's timeline, where the caller has it.
     """
-    events = trace.events[: trace.marks[-1]] if trace.marks else trace.events
-    begins = sorted({*trace.marks[:-1], *(at for at, _ in trace.phases if 0 < at < len(events))} - {0})
-    served = start.copy().replay(events, trace.nbytes, begins)
-    reading, token = Reading(), 0
-    peak, reserved = 0, 0
-    for number, top in enumerate(served.peak_allocated):
-        begin, stop = ([0, *begins][number], [*begins, len(events)][number])
-        peak, reserved = max(peak, top), max(reserved, served.peak_reserved[number])
-        if trace.phase_at(begin) == "vision":
-            reading.vision_peak_bytes = max(reading.vision_peak_bytes, top)
-        if token < len(trace.marks) and stop == trace.marks[token]:
-            reading.peak_allocated_bytes.append(peak)
-            reading.allocated_bytes.append(served.allocated[number])
-            reading.reserved_bytes.append(reserved)
-            token, peak, reserved = token + 1, 0, 0
-    reading.device_used_bytes = [None] * len(reading.peak_allocated_bytes)
+    line = line or Timeline(trace)
+    wants: Ints = np.asarray(start.settings.round_sizes(trace.nbytes), dtype=np.int64)
+    by_pool = _serve_by_pool(line, wants, start)
+    if by_pool is not None:
+        granted, reserved = by_pool
+        reading = _read(trace, line, granted, line.level(granted, start.allocated))
+        reading.reserved_bytes = reserved
+        return reading
+    served = start.copy().replay(line.events.tolist(), trace.nbytes, line.marks[:-1])
+    granted = np.asarray(served.granted, dtype=np.int64)
+    reading = _read(trace, line, granted, line.level(granted, start.allocated), served.refused_event)
+    reading.reserved_bytes = list(served.peak_reserved[: len(reading.peak_allocated_bytes)])
     reading.refused = str(served.refused) if served.refused is not None else None
-    if served.peak_event >= 0:
-        _read_peak(reading, trace, served.peak_event, _blocks_at(trace, start, served.peak_event))
     return reading
 
 
-def _blocks_at(trace: Trace, start: CachingAllocator, event: int) -> dict[int, int]:
-    """Block bytes of each slot alive after event number ``event``."""
-    allocator, address = start.copy(), dict[int, int]()
-    for slot in trace.events[: event + 1]:
-        if slot < 0:
-            if ~slot in address:
-                allocator.free(address.pop(~slot))
-        elif trace.nbytes[slot]:
-            address[slot] = allocator.malloc(trace.nbytes[slot])
-    return {slot: allocator.size_of(at) for slot, at in address.items()}
+def _serve_by_pool(line: Timeline, wants: Ints, start: CachingAllocator) -> tuple[Ints, list[int]] | None:
+    """Bytes of the block each slot gets, and the highest reserved bytes of each token.
+
+    Until the driver refuses, the small and the large pool do not know of each other, so each is served alone; None
+    where it would refuse, and where the settings make other rules.
+    """
+    if start.settings != AllocatorSettings():
+        return None
+    large = _Share(line, wants, wants > SMALL_LIMIT)
+    served = start.unlimited().replay(large.order, large.wants, large.ends[:-1].tolist())
+    small = _small_growth(_Share(line, wants, (wants <= SMALL_LIMIT) & (wants > 0)), start)
+    # Without pressure nothing goes back, so a token's highest is what is reserved at its end.
+    reserved = [a + b for a, b in zip(served.reserved, small, strict=True)]
+    limit = start.limit_bytes
+    if limit is not None and reserved[-1] > limit:
+        return None
+    granted = wants.copy()
+    granted[large.slots] = served.granted
+    return granted, reserved
 
 
-def _level(trace: Trace, sizes: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
-    """Bytes above static after each event, ``(events,)`` int64."""
-    events = np.asarray(trace.events, dtype=np.int64)
-    born = events >= 0
-    change = sizes[np.where(born, events, ~events)]
-    return np.cumsum(np.where(born, change, -change))
+class _Share:
+    """The events of one pool, its slots numbered anew.
+
+    Attributes:
+        slots: The slots of that pool, by birth.
+        wants: Their block sizes.
+        numbers: For each event, which of them it is about.
+        born: Whether it is a birth.
+        order: The events as a program of the allocator.
+        ends: For each token, the number of events when it was done.
+    """
+
+    def __init__(self, line: Timeline, wants: Ints, own: npt.NDArray[np.bool_]) -> None:
+        (at,) = np.nonzero(own[line.slots])
+        self.born = line.born[at]
+        self.slots = line.slots[at[self.born]]
+        self.wants = wants[self.slots]
+        self.numbers = np.searchsorted(self.slots, line.slots[at])
+        self.order: list[int] = np.where(self.born, self.numbers, ~self.numbers).tolist()
+        self.ends = np.searchsorted(at, line.marks or [len(line.events)])
 
 
-def _windows(marks: list[int], level: npt.NDArray[np.int64]) -> list[tuple[int, int, int]]:
-    """For each token its first event, the one after its last, and the level it began at."""
-    return [(a, b, int(level[a - 1]) if a else 0) for a, b in pairwise([0, *marks])]
+def _small_growth(small: _Share, start: CachingAllocator) -> list[int]:
+    """Bytes by which the small pool has grown at the end of each token.
+
+    The rest of a small block is always split off, so blocks are as large as what was asked for, and only the number
+    of segments is in question. It is settled without a replay wherever pigeonholes do: ``n`` blocks born since cut
+    ``m`` gaps into at most ``n + m``, so while the bytes left in those gaps are that many times what is asked for, one
+    of them is large enough wherever the blocks lie. So no more is replayed than the tokens up to the last request that
+    this leaves open: mostly the prefill.
+    """
+    tokens = 1
+    while True:
+        stop, allocator = int(small.ends[tokens - 1]), start.unlimited()
+        served = allocator.replay(small.order[:stop], small.wants, small.ends[: tokens - 1].tolist())
+        growth = [top - start.reserved for top in served.reserved]
+        born, numbers = small.born[stop:], small.numbers[stop:]
+        want = small.wants[numbers]
+        change = np.where(born, 1, -1) * (numbers >= np.count_nonzero(small.born[:stop]))
+        blocks, n_bytes = np.cumsum(change) - change, np.cumsum(change * want) - change * want
+        settled, room = ~born, 0
+        gaps = sorted((block.size for block in allocator.free_blocks() if block.small), reverse=True)
+        for number, gap in enumerate(gaps, start=1):
+            room += gap
+            settled |= room - n_bytes >= want * (blocks + number)
+        if settled.all():
+            return growth + [growth[-1]] * (len(small.ends) - tokens)
+        last = stop + int(np.nonzero(~settled)[0][-1])
+        tokens = int(np.searchsorted(small.ends, last, side="right")) + 1
 
 
-def _read_peak(reading: Reading, trace: Trace, event: int, sizes: Mapping[int, int]) -> None:
+def _read(trace: Trace, line: Timeline, sizes: Ints, level: Ints, refused: int | None = None) -> Reading:
+    """Levels by token and phase, and the highest instant; up to event number ``refused``, if one was."""
+    reading, last = Reading(), len(line.events) if refused is None else refused
+    for begin, stop in pairwise([0, *(mark for mark in line.marks if mark <= last)]):
+        reading.peak_allocated_bytes.append(int(level[begin : stop + 1].max()))
+        reading.allocated_bytes.append(int(level[stop]))
+    reading.device_used_bytes = [None] * len(reading.allocated_bytes)
+    reading.vision_peak_bytes = max(
+        (int(level[begin : min(stop, last) + 1].max()) for begin, stop in line.vision() if begin < min(stop, last)),
+        default=0,
+    )
+    top = int(np.argmax(level[: last + 1]))
+    if top:
+        _read_peak(reading, trace, line, sizes, top - 1)
+    return reading
+
+
+def _read_peak(reading: Reading, trace: Trace, line: Timeline, sizes: Ints, event: int) -> None:
     """Who holds what right after event number ``event``, the highest instant."""
-    reading.peak_token = next((i for i, mark in enumerate(trace.marks) if event < mark), 0)
+    reading.peak_token = next((i for i, mark in enumerate(line.marks) if event < mark), 0)
     reading.peak_phase = trace.phase_at(event)
-    live = trace.live_after(event + 1)
+    live = line.live_after(event)
+    held = sizes[live]
     reading.parts = dict.fromkeys(PARTS, 0)
-    for slot in live:
-        reading.parts[trace.parts[slot]] += sizes.get(slot, 0)
-    births = {slot: i for i, slot in enumerate(trace.events[: event + 1]) if slot >= 0}
+    for slot, n_bytes in zip(live.tolist(), held.tolist(), strict=True):
+        reading.parts[trace.parts[slot]] += n_bytes
     reading.holders = [
         Holder(
-            bytes=sizes.get(slot, 0),
+            bytes=int(sizes[slot]),
             part=trace.parts[slot],
             module=trace.sites[slot][0],
             op=trace.sites[slot][1],
             shape=list(trace.shapes[slot]),
             dtype=trace.dtypes[slot],
-            phase=trace.phase_at(births[slot]),
+            phase=trace.phase_at(int(line.birth[slot])),
         )
-        for slot in sorted(live, key=lambda slot: -sizes.get(slot, 0))[:LARGEST]
+        for slot in live[np.argsort(-held, kind="stable")][:LARGEST].tolist()
     ]

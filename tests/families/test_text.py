@@ -14,7 +14,15 @@ from hypothesis import strategies as st
 
 from memprof.errors import WeightsError
 from memprof.families import PromptShape, find_model
-from memprof.families._text import CHATS, Special, Tokenizer, encode_parts, load_tokenizer, read_tokenizer
+from memprof.families._text import (
+    CHATS,
+    Special,
+    Tokenizer,
+    encode_parts,
+    load_tokenizer,
+    read_tokenizer,
+    special_tokens,
+)
 from memprof.families.internvl import InternVL
 
 SPECIAL = ["<unk>", "<s>", "</s>", "<|im_start|>", "<|im_end|>", "<img>", "</img>", "<IMG_CONTEXT>", "<image>"]
@@ -190,6 +198,20 @@ def test_decoding(tokenizer: Tokenizer) -> None:
 
 def test_tokens_that_are_no_special_ones_are_spelt_out(words: Tokenizer) -> None:
     assert words.decode([len(SPECIAL + WORDS), *words.encode("cat")]) == "<tool>cat"
+
+
+def test_ids_of_a_padded_vocabulary_say_nothing(tokenizer: Tokenizer) -> None:
+    assert tokenizer.decode([*tokenizer.encode("what"), 5000, *tokenizer.encode(" cat")]) == "what cat"
+
+
+def test_added_tokens_may_be_plain(tmp_path: Path) -> None:
+    """``added_tokens.json`` lists both kinds and tells them not apart; the other file does."""
+    added = {"<tool>": 90, "<img>": 91}
+    (tmp_path / "added_tokens.json").write_text(json.dumps(added))
+    assert special_tokens(tmp_path) == added
+    listed = {str(id): {"content": token, "special": token == "<img>"} for token, id in added.items()}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"added_tokens_decoder": listed}))
+    assert special_tokens(tmp_path) == {"<img>": 91}
 
 
 def test_a_token_the_prompt_needs_and_the_tokenizer_has_not(tokenizer: Tokenizer) -> None:

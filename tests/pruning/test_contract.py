@@ -195,5 +195,36 @@ def test_runs_without_storage_as_with_it(method: str, family: str) -> None:
 @pytest.mark.parametrize("method", PRUNING)
 def test_a_layer_beyond_the_model_is_refused(method: str) -> None:
     with pytest.raises(BadValue, match="layer"):
-        pruner_for(method, layer=99).stages(100, 24)
+        pruner_for(method, layer=99, parts=99).stages(100, 24)
     assert method_spec(pruner_for(method)).startswith(method)
+
+
+@pytest.mark.parametrize(
+    "method", [m for m in PRUNING if "layer" in {f.name for f in dataclasses.fields(build_pruner(m))}]
+)
+def test_a_cut_before_every_layer_works_or_is_refused_at_once(method: str) -> None:
+    kind, card, model = tiny_model(families()[0], "eager")
+    prompt, pruner = tiny_prompt(kind, card), pruner_for(method, keep=0.4, layer=0)
+    if pruner.needs & {"target", "row", "map"}:
+        with pytest.raises(BadValue, match="layer=1"):
+            Surgery(model, pruner, prompt.layout)
+        return
+    out, surgery, profiler = generate(model, pruner, prompt)
+    assert (
+        profiler.kv_tokens
+        == surgery.kv_tokens
+        == [round(0.4 * prompt.shape.visual_tokens) + prompt.shape.text_tokens] * 5
+    )
+    expected = masked(model, prompt, surgery, out.sequences[0])
+    torch.testing.assert_close(out.logits[-1][0], expected[-1], atol=1e-5, rtol=1e-5)
+
+
+@every_method
+def test_every_method_says_what_it_is(method: str) -> None:
+    cls = METHODS.load(method)
+    assert cls.title
+    assert cls.paper
+    assert cls.reference is None or (cls.departs and "arXiv" in cls.paper)
+    for field in dataclasses.fields(cls):
+        assert field.metadata["help"]
+        assert field.metadata["origin"] in ("paper", "code", "second-hand", "memprof")

@@ -35,6 +35,8 @@ CHARACTERS = "".join(_FONT)
 LETTERS = "ABCD"
 #: Shortest and longest string.
 LENGTHS = (4, 6)
+#: Pictures with seeds from here on were never trained on.
+HELD_OUT = 1 << 40
 
 
 @dataclass(frozen=True)
@@ -75,6 +77,38 @@ class Question:
     line: int
 
 
+@dataclass(frozen=True)
+class OwnQuestion:
+    """One question of the model's own, on a picture it was never trained on. It is what a ``tasks.Picture`` is, too.
+
+    Attributes:
+        number: Which one.
+        choice: Whether it is answered by one letter of A to D, or by the string itself.
+    """
+
+    number: int
+    choice: bool
+
+    @property
+    def id(self) -> str:
+        """A name for the sample."""
+        return f"drawn-{self.number:04d}"
+
+    def question(self) -> Question:
+        """What is asked, and the answer."""
+        seed = HELD_OUT + self.number
+        scene, line = draw_scene(seed), self.number % 2
+        return choice_question(scene, line, seed) if self.choice else read_question(scene, line)
+
+    def size(self) -> tuple[int, int]:
+        """Width and height in pixels."""
+        return SIZE, SIZE
+
+    def image(self) -> Image:
+        """The picture, drawn anew at every call."""
+        return draw_scene(HELD_OUT + self.number).image()
+
+
 def draw_scene(seed: int) -> Scene:
     """The picture of ``seed``."""
     rng = np.random.default_rng(seed)
@@ -99,7 +133,7 @@ def read_question(scene: Scene, line: int) -> Question:
 
 
 def choice_question(scene: Scene, line: int, seed: int) -> Question:
-    """Which of four characters does the string in this ink begin with? The other string's first may stand among them."""
+    """Which of four characters does the string in this ink begin with? The other string's first is an option."""
     rng = np.random.default_rng((seed, line))
     right, other = scene.lines[line].text[0], scene.lines[1 - line].text[0]
     wrong = [other, *(str(c) for c in rng.permutation(list(CHARACTERS)))]
@@ -133,8 +167,8 @@ def _glyph(character: str, width: int, height: int) -> npt.NDArray[np.float32]:
     columns = bytes.fromhex(_FONT[character])
     bitmap = np.array([[column >> row & 1 for column in columns] for row in range(7)], dtype=np.float32)
     down, across = _sampling(height, 7), _sampling(width, 5)
-    soft: npt.NDArray[np.float32] = down @ bitmap @ across.T
-    return (1.6 * soft - 0.3).clip(0, 1)
+    soft = down @ bitmap @ across.T
+    return (np.float32(1.6) * soft - np.float32(0.3)).clip(0, 1)
 
 
 def _sampling(pixels: int, cells: int) -> npt.NDArray[np.float32]:

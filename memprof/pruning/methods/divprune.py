@@ -47,20 +47,20 @@ class DivPrune(OneCut):
 
         assert view.source is not None
         unit = view.source / lengths(view.source)[:, None]
-        chosen = torch.empty(kept, dtype=torch.int64, device=view.device)
-        # Cosine to the nearest token kept so far; the first choice has none, and looks at its nearest neighbour.
-        nearest = _nearest_neighbour(unit)
-        for step in range(kept):
-            pick = chosen[step : step + 1]
-            torch.argmin(nearest, 0, keepdim=True, out=pick)
-            row = torch.mv(unit, unit.index_select(0, pick)[0])
-            nearest = row if step == 0 else torch.maximum(nearest, row, out=nearest)
-            nearest.index_fill_(0, pick, torch.inf)  # kept: never again, not even where all that is left are its copies
-        return chosen
+        columns = unit.T
+        chosen = [_nearest_neighbour(unit).argmin(1)]
+        # Cosine of each token to the nearest one kept so far, (1, n).
+        nearest = torch.mm(unit.index_select(0, chosen[0]), columns)
+        for _ in range(kept - 1):
+            # Kept: never again, not even where all that is left are its copies.
+            nearest.index_fill_(1, chosen[-1], torch.inf)
+            chosen.append(nearest.argmin(1))
+            nearest.clamp_(min=torch.mm(unit.index_select(0, chosen[-1]), columns))
+        return torch.cat(chosen)
 
 
 def _nearest_neighbour(unit: torch.Tensor) -> torch.Tensor:
-    """Cosine of each unit vector of ``(n, hidden)`` to the nearest other one: ``(n,)`` float32."""
+    """Cosine of each unit vector of ``(n, hidden)`` to the nearest other one: ``(1, n)`` float32."""
     import torch
 
     from memprof.pruning.pairs import blocks, dots
@@ -70,4 +70,5 @@ def _nearest_neighbour(unit: torch.Tensor) -> torch.Tensor:
         pairs = dots(unit[start:stop], unit)
         pairs.diagonal(start).fill_(-torch.inf)
         nearest.append(pairs.amax(1))
-    return torch.cat(nearest)
+        del pairs
+    return torch.cat(nearest)[None]

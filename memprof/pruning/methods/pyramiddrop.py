@@ -41,6 +41,7 @@ class PyramidDrop(Pruner):
         gt=0,
         le=1,
         search=(0.1, 1.0),
+        monotone=True,
     )
     parts: int = setting(4, "equal parts of the depth, one cut between each two", origin="paper", ge=2, search=(2, 6))
 

@@ -91,9 +91,7 @@ class TopV(OneCut):
     def __post_init__(self) -> None:
         """Raise BadValue where ``exp(-cost / eps)`` would vanish in float32."""
         if self.alpha + self.beta + self.gamma > 80 * self.eps:
-            raise BadValue(
-                f"eps={self.eps} is too small for costs up to alpha + beta + gamma: take a 40th of their sum"
-            )
+            raise BadValue(f"eps={self.eps} is too small for the weights: take alpha + beta + gamma over 80, or more")
 
     @property
     def needs(self) -> frozenset[str]:

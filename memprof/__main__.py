@@ -1,0 +1,5 @@
+"""``python -m memprof``."""
+
+from memprof.cli import main
+
+main()

@@ -1,0 +1,285 @@
+"""``memprof tune``: from a budget of bytes, or a loss that is allowed, to a pruning ratio."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Sequence
+from datetime import datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from memprof.cli import _options as opt
+
+if TYPE_CHECKING:
+    from memprof.tuning import Question, Trial
+
+_CONTROLS = ("random", "uniform")
+
+
+def tune(
+    model: opt.Model = "internvl2-2b",
+    method: opt.Methods = ["topv"],  # noqa: B006 - typer copies it
+    task: opt.TaskName = "ai2d",
+    budget: Annotated[
+        str | None, typer.Option("--budget", help="Highest allocated memory, weights included, as 5.2GiB.")
+    ] = None,
+    max_loss: Annotated[
+        float | None, typer.Option("--max-loss", help="Most that may be lost, as 0.02; where weights are trained.")
+    ] = None,
+    objective: Annotated[
+        str, typer.Option("--objective", help="What is made small beside the loss: memory, flops or time.")
+    ] = "memory",
+    search: Annotated[
+        str | None, typer.Option("--search", help="Fields to search, as keep,layer; default: what the trials can judge.")
+    ] = None,
+    trials: Annotated[int, typer.Option("--trials", min=1, help="Trials in all, of all workers together.")] = 40,
+    controls: Annotated[bool, typer.Option("--controls", help="Tune random and uniform selection beside them.")] = False,
+    device: opt.Device = "auto",
+    stack: opt.StackName = "current",
+    limit: opt.Limit = None,
+    max_new_tokens: opt.NewTokens = None,
+    max_tiles: opt.MaxTiles = None,
+    data: opt.Data = "bundled",
+    weights: opt.Weights = "random",
+    dtype: opt.Dtype = None,
+    seed: opt.Seed = 0,
+    storage: Annotated[
+        str | None,
+        typer.Option("--storage", help="Where workers share trials: journal:///FILE or a database URL, as Optuna has it."),
+    ] = None,
+    study: Annotated[str | None, typer.Option("--study", help="Name in the storage; default: by the question.")] = None,
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", help="The session's folder; one that was cut goes on there.")
+    ] = None,
+    plot: Annotated[Path | None, typer.Option("--plot", help="Draw the front into this folder.")] = None,
+    unit: opt.Unit = "GiB",
+    json: opt.AsJson = False,
+    quiet: opt.Quiet = False,
+) -> None:
+    """Find the setting that loses least within a budget, or costs least within a loss, and show the front.
+
+    One number per method against a budget is closed in on with at most ten evaluations; several fields are sampled by
+    Optuna. What is predicted not to fit is never launched on a card, and each measured trial is a process of its own.
+
+    Examples:
+    memprof tune --method topv --task ai2d --budget 5.2GiB --stack paper --device sim
+
+    memprof tune --method topv --method fastv --controls --budget 5GiB --search keep,layer --plot plots/
+
+    memprof tune --model proving --method topv --max-loss 0.02 --device cpu --trials 30
+
+    memprof tune --budget 20GiB --device cuda --storage postgresql://me@host/tuning    (once per GPU or SLURM task)
+    """
+    from memprof.families import find_model
+    from memprof.records import RunSpec
+    from memprof.runner import complete_spec
+    from memprof.tasks import TASKS
+    from memprof.tuning import Question
+    from memprof.units import check_unit, parse_bytes
+
+    check_unit(unit)
+    _need_optuna()
+    card = find_model(model)[1]
+    spec = RunSpec(
+        model=card.name, method="baseline", task=task, device=opt.resolve_device(device), stack=stack,
+        dtype=dtype or card.dtype, weights=weights, data=data,
+        max_new_tokens=TASKS.load(task).max_new_tokens if max_new_tokens is None else max_new_tokens,
+        max_tiles=max_tiles, limit=limit, seed=seed,
+    )  # fmt: skip
+    question = Question(
+        spec=complete_spec(spec)[0],
+        methods=(*method, *(name for name in _CONTROLS if controls and name not in method)),
+        budget_bytes=parse_bytes(budget) if budget is not None else None,
+        max_loss=max_loss,
+        objective=objective,
+        search=tuple(name.strip() for name in search.split(",")) if search is not None else None,
+    )
+    folder = output or Path("runs") / f"{datetime.now():%Y-%m-%d_%H-%M-%S}_tune_{card.name}_{task}"
+    _session(question, folder, storage, study, trials, plot, unit, as_json=json, quiet=quiet)
+
+
+def _need_optuna() -> None:
+    import importlib.util
+
+    from memprof.errors import MemprofError
+
+    if importlib.util.find_spec("optuna") is None:
+        raise MemprofError("memprof tune needs Optuna: pip install 'memprof-vlm[tune]'")
+
+
+def _session(
+    question: Question, folder: Path, storage: str | None, study: str | None, trials: int, plot: Path | None, unit: str,
+    *, as_json: bool, quiet: bool,
+) -> None:  # fmt: skip
+    """Work on the study until it is done, then say what it found."""
+    from memprof.meters import METERS
+    from memprof.tuning import Evaluate, answer
+    from memprof.tuning.preset import preset_of, write_preset
+    from memprof.tuning.study import Session, open_storage, study_name
+    from memprof.tuning.trials import Measurer, Predictor, card_bytes
+
+    METERS.load(question.spec.device).check()
+    url = storage or f"journal://{(folder / 'study.journal').absolute()}"
+    evaluate: Evaluate
+    predictor = Predictor(question.spec) if question.spec.device in ("sim", "cuda") else None
+    if question.measured:
+        evaluate = Measurer(question, folder / "trials", predictor, card_bytes() if predictor else None)
+    else:
+        assert predictor is not None
+        evaluate = predictor
+    session = Session(question, open_storage(url), study or study_name(question))
+    with _watch(question, unit, quiet=quiet or as_json) as tell:
+        rows = session.work(evaluate, trials, tell)
+    best = answer.best_of(question, rows)
+    document: dict[str, Any] = {
+        "schema": 1,
+        "question": question.to_json(),
+        "study": session.study.study_name,
+        "storage": _without_password(url),
+        "path": str(folder),
+        "best": best.to_json() if best else None,
+        "methods": {m: t.to_json() if t else None for m, t in answer.best_by_method(question, rows).items()},
+        "front": [trial.to_json() for trial in answer.front_of(question, rows)],
+        "floor": floor.to_json() if (floor := answer.floor_of(rows)) else None,
+        "trials": len(rows),
+        "all_trials": [trial.to_json() for trial in rows],
+        "sensitivity": {"how": answer.SENSITIVITY, "fields": answer.sensitivity(question, rows)},
+        "preset": None,
+        "figures": [],
+    }
+    if best is not None:
+        preset = folder / "preset.json"
+        write_preset(preset, preset_of(question.spec, best.method), {"question": question.to_json(), **best.to_json()})
+        document["preset"] = str(preset)
+    if plot is not None and document["front"]:
+        document["figures"] = _draw(question, rows, plot, unit)
+    if as_json:
+        import json as _json
+
+        sys.stdout.write(_json.dumps(document, indent=1, ensure_ascii=False) + "\n")
+    else:
+        _print(question, rows, document, unit)
+    if best is None:
+        static = predictor.static_bytes if predictor is not None else None
+        raise answer.nothing_found(question, rows, static, unit)
+
+
+def _without_password(url: str) -> str:
+    import re
+
+    return re.sub(r"(://[^:@/]*):[^@/]*@", r"\1:***@", url)
+
+
+def _draw(question: Question, rows: Sequence[Trial], out: Path, unit: str) -> list[str]:
+    """The front as a figure, with the data it was drawn from."""
+    from memprof import figures
+    from memprof.environment import environment
+    from memprof.figures.kinds.front import front_data
+    from memprof.records import Run, RunRecord
+
+    import dataclasses
+
+    status = "measured" if question.measured else "predicted"
+    runs = [
+        Run(RunRecord(dataclasses.replace(question.spec, method=m), status, environment(), data_label=""), [])  # type: ignore[arg-type]
+        for m in question.methods
+    ]
+    points = [
+        {
+            "method": row.method, "peak_bytes": row.result.peak_allocated_bytes, "x": row.result.forgone,
+            "fits": row.fits, "params": row.params,
+        }
+        for row in rows if row.whole and row.result
+    ]  # fmt: skip
+    label = "loss" if question.quality else "share of visual tokens pruned, mean over layers"
+    name = f"{question.spec.model}_{question.spec.task}_tuned"
+    data = front_data(points, runs, name, x_label=label, budget_bytes=question.budget_bytes)
+    data["provenance"]["samples"] = str(question.spec.limit or "all")
+    return [str(path) for path in figures.draw_data([data], out, unit=unit)]
+
+
+class _watch:
+    """A live table of trials on stderr, and only on a terminal."""
+
+    def __init__(self, question: Question, unit: str, *, quiet: bool) -> None:
+        from rich.console import Console
+        from rich.live import Live
+
+        console = Console(stderr=True)
+        self.question, self.unit = question, unit
+        self.live = None if quiet or not console.is_terminal else Live(console=console, auto_refresh=False)
+
+    def __enter__(self) -> Callable[[list[Trial]], None]:
+        if self.live is not None:
+            self.live.__enter__()
+        return self._update
+
+    def __exit__(self, *error: object) -> None:
+        if self.live is not None:
+            self.live.__exit__(None, None, None)
+
+    def _update(self, rows: list[Trial]) -> None:
+        if self.live is not None:
+            shown = rows[-max(5, self.live.console.height - 6) :]
+            self.live.update(_table(self.question, shown, self.unit), refresh=True)
+
+
+def _table(question: Question, rows: Sequence[Trial], unit: str) -> Any:
+    """Trials, one a row."""
+    from rich import box
+    from rich.table import Table
+    from rich.text import Text
+
+    from memprof.figures.palette import method_colour
+    from memprof.plugins import split_spec
+    from memprof.units import in_unit
+
+    fields = list(dict.fromkeys(f.name for own in question.fields.values() for f in own))
+    table = Table(box=box.HORIZONTALS, padding=(0, 2, 0, 0), pad_edge=False, header_style="bold")
+    lost = "loss" if question.quality else "pruned"
+    for name in ("trial", "method", *fields, f"peak ({unit})", "fits", lost, "FLOPs cut", "status"):
+        table.add_column(name, justify="left" if name in ("method", "status") else "right", no_wrap=True)
+    for row in rows:
+        name, values = split_spec(row.method)
+        found = row.result
+        known = found is not None and found.status != "failed"
+        table.add_row(
+            str(row.number), Text(name, style=method_colour(name)),
+            *(str(row.params.get(field, values.get(field, "-"))) for field in fields),
+            f"{in_unit(found.peak_allocated_bytes, unit):.3f}" if found and found.peak_allocated_bytes else "-",
+            {True: "yes", False: "no", None: "-"}[row.fits],
+            f"{found.forgone:.3f}" if found and known else "-",
+            f"{100 * found.visual_flops_cut:.1f} %" if found and known else "-",
+            found.status if found else "running",
+        )  # fmt: skip
+    return table
+
+
+def _print(question: Question, rows: Sequence[Trial], document: dict[str, Any], unit: str) -> None:
+    """The front, the answer, and what each field does."""
+    from rich.console import Console
+
+    from memprof.tuning import answer
+    from memprof.units import format_bytes
+
+    console = Console(highlight=False, soft_wrap=True)
+    status = "measured" if question.measured else "predicted"
+    console.print(f"[bold]front: {question.spec.model} on {question.spec.task}, {question.spec.stack} stack, {status}[/]")
+    console.print(_table(question, answer.front_of(question, rows), unit))
+    for method, best in answer.best_by_method(question, rows).items():
+        if best is None or best.result is None:
+            console.print(f"{method}: nothing fits")
+            continue
+        peak = format_bytes(best.result.peak_allocated_bytes, unit)
+        console.print(f"{method}: [bold]{best.method}[/] needs {peak}")
+    for row in document["sensitivity"]["fields"]:
+        span = format_bytes(row["span_bytes"], unit)
+        console.print(f"{row['method']} {row['field']}: {100 * row['share']:.0f} % of the variance, {span}", style="dim")
+    if document["sensitivity"]["fields"]:
+        console.print(f"({answer.SENSITIVITY})", style="dim")
+    if document["preset"]:
+        console.print(f"{len(rows)} trials; memprof run --preset {document['preset']}")
+    for path in document["figures"]:
+        console.print(path)

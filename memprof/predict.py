@@ -1,0 +1,384 @@
+"""Predictions without running every prompt: programs recorded on a few, kept on disk, and evaluated at the rest.
+
+A recording is an ordinary profiled ``generate()`` over weights without storage, of few tokens, and of a model with few
+decoder layers where the rest are alike. Which shapes are recorded follows from those asked for: the outermost ones, as
+many as the lengths have degrees of freedom, and one more that must come out as predicted. Where recordings do not agree
+the shapes are told apart by their tiles, and in the end each is traced directly.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import hashlib
+import json
+import os
+from collections.abc import Callable, Iterable, Sequence
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from memprof import scopes
+from memprof.anatomy import anatomy
+from memprof.environment import package_version
+from memprof.families import PromptShape
+from memprof.meters import Meter
+from memprof.meters.sim import SimMeter
+from memprof.pruning import Pruner, Stage
+from memprof.pruning.view import View
+from memprof.simulator.ledger import Ledger
+from memprof.simulator.program import FOLDED_TOKENS, Irregular, Passage, Program, Recording, Unfolded, fold
+from memprof.simulator.replay import Reading, read_cuda
+from memprof.simulator.trace import Trace
+
+#: Layout of a file of programs; others are made anew.
+SCHEMA = 1
+#: With fewer distinct shapes than this, tracing each is as quick as making a program.
+FEWEST_SHAPES = 6
+#: What a prompt's shape is told apart by, coarse first: where recordings disagree, the next is tried.
+_CLASSES: tuple[Callable[[PromptShape], int], ...] = (
+    lambda shape: min(shape.tiles, 1),
+    lambda shape: min(shape.tiles, 2),
+    lambda shape: shape.tiles,
+)
+
+#: Makes the model with that many decoder layers, and its meter.
+Build = Callable[[int], tuple[nn.Module, SimMeter]]
+#: Profiles one prompt of random text: model, meter, pruner, shape, new tokens.
+Profile = Callable[[nn.Module, Meter, Pruner, PromptShape, int], object]
+
+
+@dataclasses.dataclass
+class Forecast:
+    """What a predicted prompt holds.
+
+    Attributes:
+        reading: As a meter would have read it.
+        kv_tokens, kv_bytes_per_layer: Of each layer after prefill.
+        kv_bytes: Of the whole cache when each token was done.
+    """
+
+    reading: Reading
+    kv_tokens: list[int]
+    kv_bytes_per_layer: list[int]
+    kv_bytes: list[int]
+
+
+class Predictor:
+    """Forecasts for one model under one method and stack.
+
+    Args:
+        depth: Decoder layers of the model.
+        meter: The meter of the whole model: the state to begin from.
+        pruner: The method.
+        build: Makes a model of the same kind with fewer layers.
+        profile: Profiles one prompt.
+        depends: Everything else the programs depend on, as plain data; see :func:`source_hash`.
+    """
+
+    def __init__(
+        self, depth: int, meter: SimMeter, pruner: Pruner, build: Build, profile: Profile, depends: dict[str, Any]
+    ) -> None:
+        self._depth, self._meter, self._pruner, self._build, self._profile = depth, meter, pruner, build, profile
+        self._depends = depends
+        #: Prompts that were run to record programs.
+        self.recorded = 0
+        self._programs: dict[tuple[Any, ...], Program | None] = {}
+        self._unfolded: dict[tuple[Any, ...], Unfolded] = {}
+        self._view: View | None = None
+        self._scope = scopes.Scope("pruner", "surgery")
+
+    # -- what is asked -------------------------------------------------------------------------------------------------
+
+    def foresee(self, shapes: Iterable[PromptShape], new_tokens: int) -> None:
+        """Make programs for ``shapes``, if they are worth it: from disk where they are, else by recording."""
+        distinct = list(dict.fromkeys(shapes))
+        self._load()
+        if len(distinct) < FEWEST_SHAPES:
+            return
+        before = self.recorded
+        self._cover(distinct, new_tokens, 0)
+        if self.recorded > before:
+            self._save()
+
+    def trace(self, shape: PromptShape, new_tokens: int) -> tuple[Trace, Unfolded] | None:
+        """The trace of one shape, or None where no program answers for it."""
+        lengths = self._lengths(shape, new_tokens)
+        program = next(
+            (p for level in range(len(_CLASSES)) if (p := self._programs.get(self._key(shape, new_tokens, level)))),
+            None,
+        )
+        if program is None or not program.covers(lengths):
+            return None
+        passages = self._passages(program, shape)
+        key = (id(program), new_tokens, *passages)
+        try:
+            if key not in self._unfolded:
+                self._unfolded[key] = program.unfold(self._depth, new_tokens, passages)
+            return self._unfolded[key].trace(lengths), self._unfolded[key]
+        except Irregular:
+            return None
+
+    def forecast(self, shape: PromptShape, new_tokens: int) -> Forecast | None:
+        """What one shape will hold, or None where no program answers for it."""
+        found = self.trace(shape, new_tokens)
+        if found is None:
+            return None
+        trace, unfolded = found
+        reading = read_cuda(trace, self._meter.loaded, unfolded.timeline)
+        layers, marks = unfolded.caches()
+        nbytes = trace.nbytes
+        return Forecast(
+            reading,
+            [max(trace.shapes[slot][-2] for slot in slots) for slots in layers],
+            [sum(nbytes[slot] for slot in slots) for slots in layers],
+            [sum(nbytes[slot] for slot in slots) for slots in marks][: len(reading.allocated_bytes)],
+        )
+
+    # -- recording -----------------------------------------------------------------------------------------------------
+
+    def _cover(self, shapes: Sequence[PromptShape], new_tokens: int, level: int) -> None:
+        """Record until a program answers for every shape, told apart by class number ``level``."""
+        groups: dict[tuple[Any, ...], list[PromptShape]] = {}
+        for shape in shapes:
+            groups.setdefault(self._key(shape, new_tokens, level), []).append(shape)
+        for key, group in groups.items():
+            if self._programs.get(key, ...) is None:
+                self._split(group, new_tokens, level)
+                continue
+            program = self._programs.setdefault(key, Program())
+            assert program is not None
+            try:
+                self._extend(program, group, new_tokens)
+            except Irregular:
+                self._programs[key] = None
+                self._split(group, new_tokens, level)
+
+    def _split(self, group: Sequence[PromptShape], new_tokens: int, level: int) -> None:
+        if level + 1 < len(_CLASSES):
+            self._cover(group, new_tokens, level + 1)
+
+    def _extend(self, program: Program, group: Sequence[PromptShape], new_tokens: int) -> None:
+        """Record the shapes that lie outermost, until all of ``group`` are answered for and one was a test."""
+        asked = {self._lengths(shape, new_tokens): shape for shape in group}
+        while open_ := [lengths for lengths in asked if not program.covers(lengths)]:
+            points = {_to_record(lengths, program): lengths for lengths in open_} if program.tested else {
+                _to_record(lengths, program): lengths for lengths in asked
+            }
+            points.pop(None, None)
+            if not points:
+                return  # too few shapes to test a program with: they are traced directly
+            point = max(points, key=lambda one: (program.excess(one), program.span.weights(one) is None, sum(one)))
+            program.add(point, self._fold(self._record(asked[points[point]], point[-1])))
+        for shape in group:
+            self._fill(program, shape)
+
+    def _fold(self, recording: Recording) -> Any:
+        return fold(recording, fold_layers=self._recorded_depth(recording.head_layers) < self._depth)
+
+    def _recorded_depth(self, head: int) -> int:
+        return min(head + 3, self._depth)
+
+    def _record(self, shape: PromptShape, new_tokens: int) -> Recording:
+        """Profile one prompt on a model of few layers, and note where layers and selections begin."""
+        self.recorded += 1
+        stages = self._stages(shape)
+        head = (stages[-1].layer if stages else 0) + 2
+        model, meter = self._build(self._recorded_depth(head))
+        entered: list[int] = []
+        gaps: list[tuple[int, int]] = []
+
+        def note(*_: Any) -> None:
+            assert meter.ledger is not None
+            entered.append(len(meter.ledger.trace.events))
+
+        layers = anatomy(model).layers
+        hooks = [layer.register_forward_pre_hook(note) for _, layer in layers]
+        hooks.append(layers[-1][1].register_forward_hook(note))
+        try:
+            self._profile(model, meter, self._watched(meter, gaps), shape, new_tokens)
+        finally:
+            for hook in hooks:
+                hook.remove()
+        assert meter.trace is not None
+        every = len(layers) + 1
+        return Recording(
+            trace=meter.trace,
+            layers=[entered[i : i + every] for i in range(0, len(entered), every)],
+            gaps=gaps if len(gaps) == len(stages) else [],
+            head_layers=head,
+            prefix=layers[0][0].rpartition(".")[0],
+        )
+
+    def _watched(self, meter: SimMeter, gaps: list[tuple[int, int]]) -> Pruner:
+        """The pruner, cutting as in the whole model, with its selections noted that see visual tokens alone."""
+        twin, select = copy.copy(self._pruner), self._pruner.select
+
+        def watched(view: View, kept: int) -> torch.Tensor:
+            assert meter.ledger is not None
+            trace, asked = meter.ledger.trace, list[str]()
+            start = len(trace.events)
+            out = select(_asking(view, asked), kept)
+            if not asked:
+                gaps.append((start, len(trace.events)))
+                self._view, self._scope = _sized(view, view.count), scopes.current()
+            return out
+
+        object.__setattr__(twin, "stages", lambda n_visual, _: self._pruner.stages(n_visual, self._depth))
+        object.__setattr__(twin, "select", watched)
+        return twin
+
+    # -- selections by themselves --------------------------------------------------------------------------------------
+
+    def _passages(self, program: Program, shape: PromptShape) -> list[tuple[int, ...]]:
+        """The keys of the selections that fill the program's gaps for a shape; recorded where they were not."""
+        assert program.structure is not None
+        gaps = program.structure.gaps
+        keys, left = [], shape.visual_tokens
+        for stage in self._stages(shape)[:gaps]:
+            keys.append((left, stage.kept))
+            left = stage.kept
+        return keys
+
+    def _fill(self, program: Program, shape: PromptShape) -> None:
+        """Record the selections that the program's gaps need for a shape."""
+        for n_visual, kept in self._passages(program, shape):
+            if (n_visual, kept) not in program.passages:
+                program.passages[n_visual, kept] = self._select(n_visual, kept)
+
+    def _select(self, n_visual: int, kept: int) -> Passage:
+        """What selecting ``kept`` of ``n_visual`` tokens does, run by itself."""
+        if self._view is None:
+            raise Irregular("no selection was seen yet")
+        view = _sized(self._view, n_visual)
+        ledger = Ledger("cpu", self._meter.kernels())
+        ledger.ignore(value for value in vars(view).values() if isinstance(value, torch.Tensor))
+        with torch.no_grad(), scopes.scope(*self._scope):
+            ledger.listen()
+            try:
+                chosen = self._pruner.select(view, kept)
+            finally:
+                trace = ledger.close()
+        del chosen
+        return Passage.of(trace, 0, len(trace.events))
+
+    # -- names ---------------------------------------------------------------------------------------------------------
+
+    def _stages(self, shape: PromptShape) -> tuple[Stage, ...]:
+        return tuple(self._pruner.stages(shape.visual_tokens, self._depth))
+
+    def _lengths(self, shape: PromptShape, new_tokens: int) -> tuple[int, ...]:
+        """A shape as the lengths its sizes are affine in; what is kept by a selection in a gap is one of them, too."""
+        kept = (stage.kept for stage in self._stages(shape))
+        return shape.tiles, shape.visual_tokens, shape.before, shape.after, *kept, new_tokens
+
+    def _key(self, shape: PromptShape, new_tokens: int, level: int) -> tuple[Any, ...]:
+        """The program a shape belongs to, told apart by class number ``level``."""
+        steps = 0 if new_tokens > FOLDED_TOKENS + 1 else new_tokens
+        return level, _CLASSES[level](shape), steps, *(stage.layer for stage in self._stages(shape))
+
+    # -- on disk -------------------------------------------------------------------------------------------------------
+
+    def _file(self) -> Path | None:
+        folder = cache_folder()
+        if folder is None:
+            return None
+        text = json.dumps([SCHEMA, self._depends], sort_keys=True, default=str)
+        return folder / "programs" / f"{hashlib.sha256(text.encode()).hexdigest()[:32]}.json"
+
+    def _load(self) -> None:
+        """Take in what is on disk; a file that cannot be read as programs is as good as none."""
+        file = self._file()
+        if file is None or self._programs or not file.exists():
+            return
+        try:
+            data = json.loads(file.read_text(encoding="utf-8"))
+            if data["schema"] == SCHEMA:
+                self._programs = {
+                    tuple(key): None if program is None else Program.from_json(program)
+                    for key, program in data["programs"]
+                }
+        except (OSError, ValueError, KeyError, TypeError, IndexError, AttributeError):
+            self._programs = {}
+
+    def _save(self) -> None:
+        """Write the programs; a cache that cannot be written is no error."""
+        file = self._file()
+        if file is None:
+            return
+        data = {
+            "schema": SCHEMA,
+            "depends": self._depends,
+            "programs": [
+                [key, None if program is None else program.to_json()] for key, program in self._programs.items()
+            ],
+        }
+        try:
+            file.parent.mkdir(parents=True, exist_ok=True)
+            temporary = file.with_name(f"{file.name}.{os.getpid()}.tmp")
+            temporary.write_text(json.dumps(data, default=str), encoding="utf-8")
+            os.replace(temporary, file)
+        except OSError:
+            return
+
+
+def _to_record(lengths: tuple[int, ...], program: Program) -> tuple[int, ...] | None:
+    """The next recording to make of a shape: where steps are folded, of few tokens, and of different numbers of them to
+    tell what they move. None where there is none to be made.
+    """
+    tokens = [lengths[-1]]
+    if lengths[-1] > FOLDED_TOKENS + 1:
+        tokens = [FOLDED_TOKENS + (len(program.seen) + i) % 2 for i in range(2)]
+    return next((point for n in tokens if (point := (*lengths[:-1], n)) not in program.seen), None)
+
+
+def _asking(view: View, asked: list[str]) -> View:
+    """``view``, noting in ``asked`` when it is asked for more than the tokens themselves."""
+
+    def noting(name: str, answer: Callable[[], torch.Tensor]) -> Callable[[], torch.Tensor]:
+        def call() -> torch.Tensor:
+            asked.append(name)
+            return answer()
+
+        return call
+
+    return dataclasses.replace(view, **{k: noting(k, v) for k, v in vars(view).items() if callable(v)})
+
+
+def _sized(view: View, count: int) -> View:
+    """``view`` of ``count`` tokens, their numbers unset."""
+    rows = {
+        name: value.new_empty((count, *value.shape[1:]))
+        for name, value in vars(view).items()
+        if isinstance(value, torch.Tensor)
+    }
+    return dataclasses.replace(view, count=count, **rows)
+
+
+def cache_folder() -> Path | None:
+    """Where programs are kept: ``MEMPROF_CACHE``, or ``memprof`` in ``XDG_CACHE_HOME`` or ``~/.cache``.
+
+    None where ``MEMPROF_CACHE`` is empty: then nothing is kept.
+    """
+    asked = os.environ.get("MEMPROF_CACHE")
+    if asked is not None:
+        return Path(asked) if asked else None
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "memprof"
+
+
+@cache
+def source_hash() -> str:
+    """A hash of memprof's own code and of the versions of what it runs: a program is as good as these are the same."""
+    digest = hashlib.sha256()
+    root = Path(__file__).parent
+    for room in ("simulator", "pruning", "meters", "families"):
+        for file in sorted((root / room).rglob("*.py")):
+            digest.update(file.read_bytes())
+    for file in ("predict", "profiler", "stacks", "anatomy", "scopes", "runner"):
+        digest.update((root / f"{file}.py").read_bytes())
+    for name in ("torch", "transformers"):
+        digest.update(f"{name} {package_version(name)}".encode())
+    return digest.hexdigest()

@@ -1,0 +1,208 @@
+"""One setting, predicted in this process or measured in a fresh one."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import subprocess
+import sys
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from memprof.analysis.fit import CONTEXT_BYTES
+from memprof.analysis.holders import leading_part, words_for
+from memprof.errors import DataError, MemprofError
+from memprof.families import PromptShape
+from memprof.pruning import Pruner, visual_flops_cut, visual_tokens_per_layer
+from memprof.records import Run, RunSpec, SampleRecord, mean_fidelity, summarize
+from memprof.runner import Bench, Outcome, complete_spec, samples_of
+from memprof.store import RUN_FILE, read_run
+from memprof.tasks import Sample
+from memprof.tuning import Question, Result
+
+#: Exit code of a run that ran out of memory (:mod:`memprof.errors`).
+_OOM = 5
+
+
+class Predictor:
+    """What settings would need on a card, from the distinct prompts of a task. Raises DataError where it has none."""
+
+    def __init__(self, spec: RunSpec, bench: Bench | None = None) -> None:
+        spec = dataclasses.replace(spec, device="sim", weights="random", shard=None, method="baseline")
+        self.spec, _, task = complete_spec(spec)
+        self.bench = bench or Bench(self.spec)
+        samples, _ = samples_of(self.bench.family, task, self.spec)
+        self.shapes: Counter[PromptShape] = Counter(
+            self.bench.family.shape(self.bench.card, s.width, s.height, s.text_tokens, spec.max_tiles)
+            for s in _readable(samples)
+            if s.text_tokens is not None and s.width > 0 and s.height > 0
+        )
+        if not self.shapes:
+            raise DataError("no sample has a token count to predict from; use --data FILE.csv")
+
+    def __call__(self, method: str, name: str = "") -> Result:
+        """What ``method`` would need; its FLOPs and kept tokens follow from its settings alone."""
+        del name
+        spec, pruner, _ = complete_spec(dataclasses.replace(self.spec, method=method))
+        self.bench.foresee(spec, pruner, self.shapes)
+        outcomes = {shape: self.bench.outcome(spec, pruner, shape, spec.seed) for shape in self.shapes}
+        highest = max(outcomes.values(), key=_peak)
+        cut, kept = self._shares(pruner)
+        return Result(
+            "predicted",
+            peak_allocated_bytes=_peak(highest),
+            peak_reserved_bytes=max(max(one.memory["tokens"].reserved_bytes) for one in outcomes.values()),
+            visual_flops_cut=cut,
+            kept_share=kept,
+            held_by=_held_by(highest),
+        )
+
+    @property
+    def static_bytes(self) -> int:
+        """Bytes of the weights."""
+        return self.bench.ready(self.spec)[1].static_bytes
+
+    def _shares(self, pruner: Pruner) -> tuple[float, float]:
+        text = self.bench.card.text
+        layers = int(text["num_hidden_layers"])
+        cut = kept = 0.0
+        for shape, count in self.shapes.items():
+            seen = visual_tokens_per_layer(pruner.stages(shape.visual_tokens, layers), shape.visual_tokens, layers)
+            cut += count * visual_flops_cut(
+                seen, shape.visual_tokens, text["hidden_size"], text["intermediate_size"]
+            )  # fmt: skip
+            kept += count * (sum(seen) / (layers * shape.visual_tokens) if shape.visual_tokens else 1.0)
+        return cut / self.shapes.total(), kept / self.shapes.total()
+
+
+def _readable(samples: Sequence[Sample]) -> Iterator[Sample]:
+    """Samples whose rows can be read; a run writes down the others."""
+    for number in range(len(samples)):
+        try:
+            yield samples[number]
+        except MemprofError:
+            continue
+
+
+def _peak(outcome: Outcome) -> int:
+    return int(max(outcome.memory["tokens"].peak_allocated_bytes))
+
+
+def _held_by(outcome: Outcome) -> str:
+    return words_for(leading_part(outcome.memory["peak_parts"]), outcome.memory["peak_holders"])
+
+
+class Measurer:
+    """Runs a setting with ``memprof run`` in a process of its own, unless it is predicted not to fit.
+
+    Args:
+        question: What is asked.
+        folder: Where the run folders go; a trial that was interrupted goes on in its own.
+        predict: Predicts a setting, or None where predictions do not speak for the device (``cpu``).
+        card_bytes: What the card can give this process, or None where that is not known.
+    """
+
+    def __init__(
+        self, question: Question, folder: Path, predict: Predictor | None, card_bytes: int | None = None
+    ) -> None:
+        self.question, self.folder, self.predict, self.card_bytes = question, folder, predict, card_bytes
+        self._unpruned: float | None = None
+
+    def __call__(self, method: str, name: str) -> Result:
+        """What ``method`` needs and loses."""
+        if self.predict is not None:
+            predicted = self.predict(method)
+            budget = self.question.budget_bytes
+            if (budget is not None and predicted.peak_allocated_bytes > budget) or (
+                self.card_bytes is not None and predicted.peak_reserved_bytes > self.card_bytes
+            ):
+                return dataclasses.replace(predicted, status="not launched")
+        return self._with_loss(self._measure(method, self.folder / name))
+
+    def _measure(self, method: str, folder: Path) -> Result:
+        done = subprocess.run(self._words(method, folder), capture_output=True, text=True, check=False)
+        says = done.stderr.strip().rpartition("\n")[2]
+        try:
+            run = read_run(folder)
+        except MemprofError:
+            return Result("failed", error=says or f"the trial's process ended with {done.returncode}")
+        if not run.finished:
+            return Result("oom" if done.returncode == _OOM else "failed", error=says)
+        status = "oom" if done.returncode == _OOM else "measured" if done.returncode == 0 else "failed"
+        return _result(run, status, says if done.returncode else None)
+
+    def _words(self, method: str, folder: Path) -> list[str]:
+        spec = self.question.spec
+        words = [
+            sys.executable, "-m", "memprof.tuning._child", "run", "--model", spec.model, "--method", method, "--task",
+            spec.task, "--device", spec.device, "--stack", spec.stack, "--dtype", spec.dtype, "--attention",
+            spec.attention, "--weights", spec.weights, "--data", spec.data, "--max-new-tokens",
+            str(spec.max_new_tokens), "--warmup", str(spec.warmup), "--seed", str(spec.seed), "--quiet", "-o",
+            str(folder),
+        ]  # fmt: skip
+        words += ["--max-tiles", str(spec.max_tiles)] if spec.max_tiles is not None else []
+        words += ["--limit", str(spec.limit)] if spec.limit is not None else []
+        return [*words, "--resume"] if (folder / RUN_FILE).exists() else words
+
+    def _with_loss(self, result: Result) -> Result:
+        """Its loss against the unpruned model, which is measured once where answers are scored."""
+        if not self.question.quality or result.status != "measured":
+            return result
+        if result.agreement is not None:
+            return dataclasses.replace(result, loss=1 - result.agreement)
+        if result.accuracy is None:
+            return dataclasses.replace(result, status="failed", error="no answer was scored or compared")
+        return dataclasses.replace(result, loss=max(0.0, self._reference() - result.accuracy))
+
+    def _reference(self) -> float:
+        """Accuracy of the unpruned model, by whichever worker measured it first; 1 where it does not run."""
+        if self._unpruned is None:
+            done = (read_run(file.parent) for file in sorted(self.folder.glob(f"unpruned*/{RUN_FILE}")))
+            known = [summarize(run)["accuracy"] for run in done if run.record.complete]
+            if not known:
+                known = [self._measure("baseline", self.folder / f"unpruned_{os.getpid()}").accuracy]
+            self._unpruned = 1.0 if known[0] is None else float(known[0])
+        return self._unpruned
+
+
+def _result(run: Run, status: str, error: str | None) -> Result:
+    total, top = summarize(run), run.highest
+    assert top is not None
+    compared = mean_fidelity(run.finished)
+    return Result(
+        status,
+        peak_allocated_bytes=total["peak_allocated_bytes"],
+        peak_reserved_bytes=total["peak_reserved_bytes"],
+        visual_flops_cut=total["visual_flops_cut"] or 0.0,
+        kept_share=sum(map(_kept, run.finished)) / len(run.finished),
+        accuracy=total["accuracy"],
+        agreement=compared["agreement"] if compared else None,
+        seconds=_seconds(run.finished),
+        held_by=words_for(leading_part(top.peak_parts), top.peak_holders),
+        error=error,
+    )
+
+
+def _kept(sample: SampleRecord) -> float:
+    whole = len(sample.kept_visual_tokens) * sample.visual_tokens
+    return sum(sample.kept_visual_tokens) / whole if whole else 1.0
+
+
+def _seconds(samples: list[SampleRecord]) -> float | None:
+    timed = [[s for s in sample.tokens.seconds if s is not None] for sample in samples]
+    return sum(map(sum, timed)) / len(timed) if any(timed) else None
+
+
+def card_bytes(context_bytes: int = CONTEXT_BYTES) -> int | None:
+    """What the first visible card can give a process beside its context; None where NVML cannot be asked.
+
+    NVML is asked because it opens no context of its own on the card, as torch would.
+    """
+    try:
+        import pynvml
+
+        pynvml.nvmlInit()
+        return int(pynvml.nvmlDeviceGetMemoryInfo(pynvml.nvmlDeviceGetHandleByIndex(0)).total) - context_bytes
+    except Exception:  # NVML's errors share no base class; without it, the budget alone decides
+        return None

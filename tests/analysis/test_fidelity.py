@@ -1,0 +1,155 @@
+from __future__ import annotations
+
+import dataclasses
+import math
+from typing import Any
+
+import pytest
+import torch
+from tiny import families, state_of, tiny_model, tiny_prompt
+
+from memprof.analysis.fidelity import (
+    MEASURES,
+    Judge,
+    Reference,
+    bootstrap,
+    check_weights,
+    compare,
+    fidelity,
+    intervals,
+    reference,
+)
+from memprof.errors import UsageError
+from memprof.pruning import build_pruner
+from memprof.pruning.surgery import Surgery
+from memprof.runner import place
+
+NEW = 5
+
+
+def logs(*rows: list[float]) -> torch.Tensor:
+    return torch.tensor(rows).log()
+
+
+def test_a_model_agrees_with_itself() -> None:
+    p = logs([0.5, 0.25, 0.25], [0.1, 0.8, 0.1])
+    assert compare(Reference(torch.tensor([0, 1]), p), p) == {
+        "agreement": 1.0, "kl": 0.0, "first_divergence": 2.0, "exact": 1.0,
+    }  # fmt: skip
+
+
+def test_measures_by_hand() -> None:
+    p = logs([0.5, 0.25, 0.25], [0.1, 0.8, 0.1], [1.0, 0.0, 0.0])
+    q = logs([0.5, 0.25, 0.25], [0.8, 0.1, 0.1], [0.5, 0.5, 0.0])
+    found = compare(Reference(torch.tensor([0, 1, 0]), p), q)
+    kl = (0.1 * math.log(0.1 / 0.8) + 0.8 * math.log(0.8 / 0.1) + math.log(2)) / 3
+    assert found == {
+        "agreement": pytest.approx(2 / 3), "kl": pytest.approx(kl, rel=1e-5), "first_divergence": 1.0, "exact": 0.0,
+    }  # fmt: skip
+    assert set(found) == set(MEASURES)
+
+
+@pytest.mark.parametrize("name", families())
+def test_forced_distributions_are_those_of_a_step_by_step_run(name: str) -> None:
+    family, card, model = tiny_model(name)
+    prompt = tiny_prompt(family, card)
+    pruner = build_pruner("uniform:keep=0.2,layer=1")
+    inputs = place(prompt, model)
+    before = state_of(model)
+    against = reference(model, inputs, new_tokens=NEW)
+    found = fidelity(model, inputs, pruner, prompt.layout, against)
+    assert state_of(model) == before
+    rows = []
+    with torch.no_grad(), Surgery(model, pruner, prompt.layout):
+        out = model(**inputs, use_cache=True)
+        for token in against.tokens:
+            rows.append(out.logits[0, -1].float().log_softmax(-1))
+            length = prompt.shape.length + len(rows)
+            out = model(
+                input_ids=token.view(1, 1),
+                attention_mask=torch.ones(1, length, dtype=torch.long),
+                past_key_values=out.past_key_values,
+                use_cache=True,
+            )
+    by_hand = compare(against, torch.stack(rows))
+    assert found == {measure: pytest.approx(value, rel=1e-3, abs=1e-6) for measure, value in by_hand.items()}
+    assert found["kl"] > 0
+
+
+def test_up_to_the_first_divergence_the_free_run_writes_the_reference() -> None:
+    family, card, model = tiny_model("internvl")
+    for seed in range(4):
+        prompt = tiny_prompt(family, card, seed=seed)
+        pruner, inputs = build_pruner("random:keep=0.1,layer=0"), place(prompt, model)
+        against = reference(model, inputs, new_tokens=NEW)
+        first = int(fidelity(model, inputs, pruner, prompt.layout, against)["first_divergence"])
+        with Surgery(model, pruner, prompt.layout):
+            free = model.generate(**inputs, max_new_tokens=NEW, do_sample=False)[0, prompt.shape.length :]
+        same = (free == against.tokens).tolist()
+        assert all(same[:first])
+        assert first == NEW or not same[first]
+
+
+def test_nothing_pruned_is_nothing_lost() -> None:
+    family, card, model = tiny_model("internvl")
+    prompt = tiny_prompt(family, card)
+    inputs = place(prompt, model)
+    found = fidelity(
+        model, inputs, build_pruner("baseline"), prompt.layout, reference(model, inputs, new_tokens=NEW)
+    )
+    assert found == {"agreement": 1.0, "kl": 0.0, "first_divergence": float(NEW), "exact": 1.0}
+
+
+def test_the_judge_makes_a_reference_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    import memprof.analysis.fidelity as module
+
+    calls = []
+    real = module.reference
+    monkeypatch.setattr(module, "reference", lambda *a, **k: calls.append(1) or real(*a, **k))
+    family, card, model = tiny_model("internvl")
+    prompt = tiny_prompt(family, card)
+
+    def ask(judge: Judge, **changes: Any) -> dict[str, float]:
+        given = {"stack": "current", "sample": "a", "new_tokens": 2, "seed": 0} | changes
+        return judge(model, prompt, build_pruner("topv:layer=1"), **given)
+
+    judge = Judge()
+    assert ask(judge) == ask(judge)
+    assert len(calls) == 1
+    ask(judge, sample="b")
+    ask(judge, new_tokens=3)
+    ask(judge, stack="paper")
+    assert len(calls) == 4
+    tight = Judge(room_bytes=0)
+    ask(tight)
+    ask(tight)
+    assert len(calls) == 6
+
+
+def test_random_weights_are_refused_in_one_line() -> None:
+    check_weights("hub")
+    with pytest.raises(UsageError, match="random weights learnt nothing") as error:
+        check_weights("random")
+    assert "\n" not in str(error.value)
+
+
+def test_bootstrap() -> None:
+    it = bootstrap([0, 1] * 50)
+    assert it == bootstrap([0, 1] * 50)
+    assert it.mean == 0.5
+    # A binomial of 100 at one half: 1.96 standard errors of 0.05.
+    assert it.low == pytest.approx(0.5 - 0.098, abs=0.02)
+    assert it.high == pytest.approx(0.5 + 0.098, abs=0.02)
+    assert bootstrap([3.0] * 4).to_json() == {"mean": 3.0, "low": 3.0, "high": 3.0, "samples": 4, "level": 0.95}
+    narrow = bootstrap([0, 1] * 50, level=0.5)
+    assert it.low < narrow.low < narrow.high < it.high
+    with pytest.raises(UsageError, match="at least one"):
+        bootstrap([])
+
+
+def test_intervals_of_every_measure() -> None:
+    rows = [{"agreement": 1.0, "kl": 0.0}, {"agreement": 0.5, "kl": 1.0}]
+    found = intervals(rows)
+    assert {name: it.mean for name, it in found.items()} == {"agreement": 0.75, "kl": 0.5}
+    assert dataclasses.asdict(found["kl"])["samples"] == 2
+    assert intervals([]) == {}

@@ -1,0 +1,333 @@
+"""What the CUDA meter does, on a card played by CPU tensors: its counters are the live storages, seen from below."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Iterator
+from types import ModuleType, SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from tiny import state_of, tiny_model, tiny_prompt
+from torch import nn
+from torch.utils._python_dispatch import _get_current_dispatch_mode_stack as modes
+
+from memprof.errors import BadValue, UsageError
+from memprof.meters import cuda, weights_of
+from memprof.meters.cuda import ATTRIBUTIONS, CudaMeter, Driver, PeakCounter
+from memprof.profiler import Profiler
+from memprof.pruning import build_pruner
+from memprof.records import PARTS
+from memprof.runner import place, profile_prompt
+from memprof.simulator.ledger import Ledger
+from memprof.simulator.replay import Reading
+
+STATIC, BLOCK = 10**6, 512
+
+
+class Card:
+    """A device's counters: by hand (:meth:`hold`), or from every CPU storage there is (:meth:`follow`)."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.by_hand, self.peak, self.peak_reserved, self.read = 0, 0, 0, 0
+        self.ledger: Ledger | None = None
+        for name, answer in {
+            "memory_stats_as_nested_dict": lambda _: self.stats(),
+            "reset_peak_memory_stats": lambda _: self.reset(),
+            "memory_allocated": lambda _: self.now,
+            "memory_reserved": lambda _: self.now,
+            "mem_get_info": lambda _: (60, 100),
+            "synchronize": lambda _: None,
+            "get_device_properties": lambda _: SimpleNamespace(uuid="0000-1111"),
+        }.items():
+            monkeypatch.setattr(torch.cuda, name, answer)
+
+    @property
+    def now(self) -> int:
+        self.look()
+        return self.level
+
+    def look(self) -> None:
+        """Catch up with what happened since the last look."""
+        if self.ledger is not None:
+            trace = self.ledger.trace
+            for event in trace.events[self.read :]:
+                size = -(-trace.nbytes[max(event, ~event)] // BLOCK) * BLOCK
+                self.level += size if event >= 0 else -size
+                self.peak = max(self.peak, self.level)
+            self.read = len(trace.events)
+            self.peak_reserved = max(self.peak_reserved, self.peak)
+
+    level = 0
+
+    def hold(self, n: int, reserved: int = 0) -> None:
+        self.level = n
+        self.peak = max(self.peak, n)
+        self.peak_reserved = max(self.peak_reserved, reserved)
+
+    def reset(self) -> None:
+        self.look()
+        self.peak = self.peak_reserved = self.level
+
+    def stats(self) -> dict[str, Any]:
+        self.look()
+        return {
+            "allocated_bytes": {"all": {"current": self.level, "peak": self.peak}},
+            "reserved_bytes": {"all": {"current": self.level, "peak": self.peak_reserved}},
+        }
+
+
+class PlayedMeter(CudaMeter):
+    """The CUDA meter over a CPU model."""
+
+    def __init__(self, model: nn.Module, attribution: str = "prefill", ask_driver: str = "changed") -> None:
+        self.model, self.ledger = model, None
+        self.attribution, self.ask_driver = attribution, ask_driver
+        self.weights = [tensor for _, tensor in weights_of(model)]
+        self.device = torch.device("cpu")
+        self.counter = PeakCounter(self.device)
+        self._driver, self._static = Driver(self.device), None
+
+
+@pytest.fixture
+def card(monkeypatch: pytest.MonkeyPatch) -> Iterator[Card]:
+    monkeypatch.setitem(sys.modules, "pynvml", None)
+    played = Card(monkeypatch)
+    yield played
+    assert not PeakCounter._open, "every window gave the counters back"
+
+
+def measured(card: Card, attribution: str, tokens: int = 4, hook: Any = None) -> tuple[Profiler, Reading, Any]:
+    kind, about, model = tiny_model("internvl")
+    prompt, meter = tiny_prompt(kind, about), PlayedMeter(model, attribution)
+    before = state_of(model)
+    card.ledger = Ledger("cpu")
+    card.ledger.ignore(meter.weights)
+    card.level = card.peak = STATIC
+    card.ledger.listen()
+    handle = model.register_forward_pre_hook(hook) if hook else None
+    try:
+        with Profiler(model, meter) as profiler:
+            assert meter.static_bytes == STATIC
+            model.generate(**place(prompt, model), max_new_tokens=tokens, do_sample=False)
+    finally:
+        card.ledger.close()
+        card.ledger = None
+        if handle is not None:
+            handle.remove()
+    assert state_of(model) == before
+    return profiler, profiler.reading, prompt
+
+
+@pytest.mark.parametrize("attribution", ATTRIBUTIONS)
+def test_counters_are_the_truth_and_parts_sum_to_them(card: Card, attribution: str) -> None:
+    _, true, _ = measured(card, "all")
+    profiler, reading, _ = measured(card, attribution)
+    for column in ("peak_allocated_bytes", "allocated_bytes", "reserved_bytes"):
+        assert getattr(reading, column) == getattr(true, column), column
+    assert all(len(column) == 4 for column in vars(profiler.tokens).values())
+    top = max(reading.peak_allocated_bytes)
+    assert (reading.peak_token, reading.peak_phase) == (0, true.peak_phase)
+    assert STATIC < reading.vision_peak_bytes <= top
+    assert set(reading.parts) == set(PARTS)
+    assert sum(reading.parts.values()) == top - STATIC
+    if attribution == "none":
+        assert reading.parts["unexplained"] == top - STATIC
+    else:
+        assert reading.parts == true.parts
+        assert [vars(h) for h in reading.holders] == [vars(h) for h in true.holders]
+        assert reading.parts["unexplained"] == 0
+
+
+def hoarder(at: int) -> Any:
+    """Holds two million bytes from forward number ``at`` on."""
+    calls: list[torch.Tensor | None] = []
+
+    def hoard(*_: Any) -> None:
+        calls.append(torch.empty(2_000_000, dtype=torch.uint8) if len(calls) == at else None)
+
+    return hoard
+
+
+def test_a_peak_in_decoding_is_told_apart_as_far_as_it_was_watched(card: Card) -> None:
+    profiler, reading, _ = measured(card, "prefill", hook=hoarder(2))
+    _, all_along, _ = measured(card, "all", hook=hoarder(2))
+    assert reading.peak_token == all_along.peak_token == 3 or reading.peak_token == all_along.peak_token == 2
+    assert reading.peak_phase == "decode"
+    blocks = sum(-(-n // BLOCK) * BLOCK for n in profiler.kv_bytes_per_layer)
+    assert reading.parts["kv_cache"] >= blocks
+    assert reading.parts["kv_cache"] <= all_along.parts["kv_cache"] + BLOCK * 20
+    assert reading.parts["inputs"] == all_along.parts["inputs"] > 0
+    assert reading.parts["unexplained"] >= 2_000_000
+    assert all_along.parts["unexplained"] == 0
+    assert sum(reading.parts.values()) == max(reading.peak_allocated_bytes) - STATIC
+
+
+def test_after_prefill_nothing_but_ends_and_caches_is_watched(card: Card) -> None:
+    kind, about, model = tiny_model("internvl")
+    meter, seen = PlayedMeter(model), []
+    card.level = STATIC
+    hook = model.lm_head.register_forward_hook(lambda *_: seen.append(len(modes())))
+    profile_prompt(model, meter, build_pruner("topv"), "current", tiny_prompt(kind, about), new_tokens=3)
+    hook.remove()
+    assert seen == [1, 0, 0]
+    assert not modes()
+
+
+def test_an_exception_leaves_nothing_open(card: Card) -> None:
+    def fail(*_: Any) -> None:
+        raise RuntimeError("stop")
+
+    with pytest.raises(RuntimeError, match="stop"):
+        measured(card, "prefill", hook=fail)
+    assert not modes()
+
+
+def test_one_peak_counter_serves_nested_windows_and_the_outside(card: Card) -> None:
+    device = torch.device("cpu")
+    card.hold(70, reserved=90)
+    card.hold(10)
+    outer, inner = PeakCounter(device), PeakCounter(device)
+    outer.open()
+    assert (outer.outer_bytes, outer.outer_reserved_bytes) == (70, 90)
+    card.hold(30)
+    card.hold(10)
+    inner.open()
+    card.hold(50, reserved=80)
+    card.hold(10)
+    assert inner.take()[:2] == (10, 50)
+    card.hold(20)
+    assert inner.take().peak_allocated == 20
+    inner.close()
+    taken = outer.take()
+    assert (taken.peak_allocated, taken.peak_reserved) == (50, 80), "the outer window sees the inner one's peaks"
+    assert outer.take().peak_allocated == 20, "and what is held now"
+    outer.close()
+    assert (outer.outer_bytes, outer.outer_reserved_bytes) == (70, 90), "what an outside reader would have seen"
+
+
+def test_windows_on_other_devices_are_left_alone(card: Card) -> None:
+    here, there = PeakCounter(torch.device("cpu")), PeakCounter(torch.device("meta"))
+    there.open()
+    here.open()
+    card.hold(50)
+    here.close()
+    assert there._allocated == 0
+    there.close()
+
+
+def test_weights_must_lie_on_one_card(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    model = nn.Linear(1, 1)
+    with pytest.raises(UsageError, match="no card"):
+        CudaMeter(model)
+    with pytest.raises(BadValue, match="prefill, all, none"):
+        CudaMeter(model, "some")
+
+
+# -- the driver --------------------------------------------------------------------------------------------------------
+
+
+class Nvml(ModuleType):
+    """NVML with one device and these processes: ``(pid, bytes)``."""
+
+    class NVMLError(Exception):
+        pass
+
+    def __init__(self, processes: list[tuple[int, int | None]], known: str = "GPU-0000-1111") -> None:
+        super().__init__("pynvml")
+        self.processes, self.known = processes, known
+        self.nvmlInit = lambda: None
+        self.nvmlSystemGetDriverVersion = lambda: "580.1"
+        self.nvmlDeviceGetHandleByUUID = self.find
+        self.nvmlDeviceGetComputeRunningProcesses = self.running
+
+    def find(self, uuid: str) -> str:
+        if uuid != self.known:
+            raise self.NVMLError("Not Found")
+        return uuid
+
+    def running(self, handle: str) -> list[Any]:
+        return [SimpleNamespace(pid=pid, usedGpuMemory=used) for pid, used in self.processes]
+
+
+@pytest.fixture
+def driver(card: Card, monkeypatch: pytest.MonkeyPatch) -> Any:
+    card.level = 50
+
+    def make(*processes: tuple[int, int | None], **how: Any) -> Driver:
+        monkeypatch.setitem(sys.modules, "pynvml", Nvml(list(processes), **how))
+        return Driver(torch.device("cpu"))
+
+    return make
+
+
+def test_the_driver_says_what_this_process_uses(driver: Any) -> None:
+    asked = driver((1, 900), (os.getpid(), 70))
+    assert (asked.used_bytes(), asked.whose, asked.problem, asked.version) == (70, "process", "", "580.1")
+
+
+def test_a_slice_of_a_card_is_found(driver: Any) -> None:
+    assert driver((os.getpid(), 70), known="MIG-0000-1111").used_bytes() == 70
+
+
+@pytest.mark.parametrize(
+    "processes",
+    [[], [(1, 900)], [(os.getpid(), None)], [(os.getpid(), 0)], [(os.getpid(), 49)]],
+    ids=["none", "another id", "not told", "nothing", "less than torch reserved"],
+)
+def test_where_ids_do_not_match_the_whole_card_stands_in_and_it_is_said(driver: Any, processes: Any) -> None:
+    asked = driver(*processes)
+    assert (asked.used_bytes(), asked.whose, asked.version) == (40, "card", "580.1")
+    assert asked.problem.startswith("device bytes are the whole card's, of all processes: NVML has no figure for")
+
+
+def test_without_nvml_too(card: Card) -> None:
+    asked = Driver(torch.device("cpu"))
+    assert (asked.used_bytes(), asked.whose, asked.version) == (40, "card", None)
+    assert "memprof-vlm[cuda]" in asked.problem
+
+
+def test_an_error_of_nvml_is_quoted(driver: Any) -> None:
+    assert "NVML says Not Found" in driver(known="GPU-another").problem
+
+
+def test_whose_bytes_they_are_does_not_change_on_the_way(driver: Any) -> None:
+    asked = driver((os.getpid(), 70))
+    sys.modules["pynvml"].processes.clear()
+    assert (asked.used_bytes(), asked.whose) == (None, "process")
+
+    def fail(_: str) -> Any:
+        raise RuntimeError("lost")
+
+    sys.modules["pynvml"].nvmlDeviceGetComputeRunningProcesses = fail
+    assert asked.used_bytes() is None
+    assert asked.problem == "device bytes are missing in places: NVML says lost"
+
+
+@pytest.mark.parametrize(("how", "expected"), [("changed", [40, 40, None, 40, None]), ("always", [40] * 5)])
+def test_the_driver_is_asked_when_reserved_bytes_change(card: Card, how: str, expected: list[int | None]) -> None:
+    _, _, model = tiny_model("internvl")
+    meter = PlayedMeter(model, "none", how)
+    meter.open()
+    for held in (10, 10, 10, 20, 20):
+        card.hold(held)
+        meter.mark()
+    assert meter.close().device_used_bytes == expected
+    assert [note.partition(":")[0] for note in meter.notes()] == [
+        "device bytes are the whole card's, of all processes", "parts unknown",
+    ]  # fmt: skip
+
+
+def test_what_cuda_is_it_is_kept(card: Card, monkeypatch: pytest.MonkeyPatch) -> None:
+    properties = SimpleNamespace(name="H", total_memory=8, major=9, minor=0, uuid="u")
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: properties)
+    monkeypatch.setattr(torch.cuda, "get_allocator_backend", lambda: "native")
+    monkeypatch.setattr(torch.cuda.memory, "_snapshot", lambda: {"allocator_settings": {"expandable_segments": True}})
+    here = PlayedMeter(tiny_model("internvl")[2]).environment()
+    assert here["allocator_in_force"] == {"expandable_segments": True}
+    assert (here["gpu"], here["compute_capability"], here["device_bytes_of"]) == ("H", "9.0", "card")
+    monkeypatch.setattr(torch.cuda.memory, "_snapshot", dict)
+    assert cuda.allocator_in_force() is None
