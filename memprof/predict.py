@@ -88,8 +88,7 @@ class Predictor:
         self.recorded = 0
         self._programs: dict[tuple[Any, ...], Program | None] = {}
         self._unfolded: dict[tuple[Any, ...], Unfolded] = {}
-        self._view: View | None = None
-        self._scope = scopes.Scope("pruner", "surgery")
+        self._form: _Form | None = None
 
     # -- what is asked -------------------------------------------------------------------------------------------------
 
@@ -224,7 +223,7 @@ class Predictor:
             out = select(_asking(view, asked), kept)
             if not asked:
                 gaps.append((start, len(trace.events)))
-                self._view, self._scope = _sized(view, view.count), scopes.current()
+                self._form = _Form.of(view)
             return out
 
         object.__setattr__(twin, "stages", lambda n_visual, _: self._pruner.stages(n_visual, self._depth))
@@ -251,17 +250,18 @@ class Predictor:
 
     def _select(self, n_visual: int, kept: int) -> Passage:
         """What selecting ``kept`` of ``n_visual`` tokens does, run by itself."""
-        if self._view is None:
+        if self._form is None:
             raise Irregular("no selection was seen yet")
-        view = _sized(self._view, n_visual)
-        ledger = Ledger("cpu", self._meter.kernels())
-        ledger.ignore(value for value in vars(view).values() if isinstance(value, torch.Tensor))
-        with torch.no_grad(), scopes.scope(*self._scope):
-            ledger.listen()
-            try:
-                chosen = self._pruner.select(view, kept)
-            finally:
-                trace = ledger.close()
+        with torch.no_grad():
+            view = self._form.view(n_visual, self._meter.weights[0])
+            ledger = Ledger("cpu", self._meter.kernels())
+            ledger.ignore(value for value in vars(view).values() if isinstance(value, torch.Tensor))
+            with scopes.scope(*self._form.scope):
+                ledger.listen()
+                try:
+                    chosen = self._pruner.select(view, kept)
+                finally:
+                    trace = ledger.close()
         del chosen
         return Passage.of(trace, 0, len(trace.events))
 
@@ -348,14 +348,25 @@ def _asking(view: View, asked: list[str]) -> View:
     return dataclasses.replace(view, **{k: noting(k, v) for k, v in vars(view).items() if callable(v)})
 
 
-def _sized(view: View, count: int) -> View:
-    """``view`` of ``count`` tokens, their numbers unset."""
-    rows = {
-        name: value.new_empty((count, *value.shape[1:]))
-        for name, value in vars(view).items()
-        if isinstance(value, torch.Tensor)
-    }
-    return dataclasses.replace(view, count=count, **rows)
+@dataclasses.dataclass
+class _Form:
+    """What a selection was shown, without its tensors: enough to show it as many tokens as one likes."""
+
+    rest: View
+    rows: dict[str, tuple[tuple[int, ...], torch.dtype]]
+    scope: scopes.Scope
+
+    @classmethod
+    def of(cls, view: View) -> _Form:
+        """The form of ``view``."""
+        rows = {k: (tuple(v.shape[1:]), v.dtype) for k, v in vars(view).items() if isinstance(v, torch.Tensor)}
+        nothing: Any = dict.fromkeys([*rows, *(k for k, v in vars(view).items() if callable(v))])
+        return cls(dataclasses.replace(view, **nothing), rows, scopes.current())
+
+    def view(self, count: int, like: torch.Tensor) -> View:
+        """A view of ``count`` tokens, made of tensors as ``like`` is."""
+        rows: Any = {k: like.new_empty((count, *shape), dtype=dtype) for k, (shape, dtype) in self.rows.items()}
+        return dataclasses.replace(self.rest, count=count, **rows)
 
 
 def cache_folder() -> Path | None:

@@ -29,7 +29,7 @@ from memprof.meters import METERS, Meter, weights_of
 from memprof.meters.sim import SimMeter
 from memprof.predict import Predictor, source_hash
 from memprof.profiler import Profiler
-from memprof.pruning import Pruner, build_pruner, method_spec, visual_flops_cut
+from memprof.pruning import Pruner, build_pruner, method_spec, visual_flops_cut, visual_tokens_per_layer
 from memprof.pruning.surgery import Layout, Surgery
 from memprof.records import STACKS, Run, RunRecord, RunSpec, SampleRecord, TokenColumns, summarize
 from memprof.simulator.replay import Reading
@@ -113,20 +113,20 @@ def profile_prompt(
             **inputs, max_new_tokens=new_tokens, do_sample=False, logits_processor=meter.logits_processors()
         )
     tokens = None if meter.status == "predicted" else [int(t) for t in out[0, len(prompt.ids) :]]
-    memory = _memory(surgery, profiler.reading, profiler.tokens, profiler.kv_tokens, profiler.kv_bytes_per_layer)
+    memory = {
+        "kept_visual_tokens": surgery.visual_tokens,
+        "kv_tokens_planned": surgery.kv_tokens,
+        "kv_tokens_found": profiler.kv_tokens,
+        "kv_bytes_per_layer": profiler.kv_bytes_per_layer,
+        "tokens": profiler.tokens,
+        **_peak(profiler.reading),
+    }
     return Outcome(memory, tokens, profiler.reading.refused)
 
 
-def _memory(
-    surgery: Surgery, reading: Reading, tokens: TokenColumns, kv_tokens: list[int], kv_bytes_per_layer: list[int]
-) -> dict[str, Any]:
-    """The memory half of a sample's record."""
+def _peak(reading: Reading) -> dict[str, Any]:
+    """What a sample's record says of its highest instant."""
     return {
-        "kept_visual_tokens": surgery.visual_tokens,
-        "kv_tokens_planned": surgery.kv_tokens,
-        "kv_tokens_found": kv_tokens,
-        "kv_bytes_per_layer": kv_bytes_per_layer,
-        "tokens": tokens,
         "peak_token": reading.peak_token,
         "peak_phase": reading.peak_phase,
         "vision_peak_bytes": reading.vision_peak_bytes,
@@ -213,7 +213,7 @@ class Bench:
         # The bytes do not depend on how a grid of so many tiles lies.
         key = (pruner, spec.stack, spec.max_new_tokens, dataclasses.replace(shape, columns=shape.tiles, rows=1))
         if key not in self._predicted:
-            self._predicted[key] = self._predict(spec, model, pruner, shape) or self._profile(
+            self._predicted[key] = self._predict(spec, pruner, shape) or self._profile(
                 model, meter, pruner, spec.stack, shape, spec.max_new_tokens, seed
             )
         return self._predicted[key]
@@ -232,7 +232,7 @@ class Bench:
             prompt = make_prompt(self.family, self.card, prompt, seed=seed)
         return profile_prompt(model, meter, pruner, stack, prompt, new_tokens=new_tokens, seed=seed)
 
-    def _predict(self, spec: RunSpec, model: nn.Module, pruner: Pruner, shape: PromptShape) -> Outcome | None:
+    def _predict(self, spec: RunSpec, pruner: Pruner, shape: PromptShape) -> Outcome | None:
         """What a program says of a shape, or None where none answers for it."""
         predictor = self._predictor(spec, pruner)
         forecast = predictor.forecast(shape, spec.max_new_tokens) if predictor is not None else None
@@ -243,10 +243,18 @@ class Bench:
             reading.peak_allocated_bytes, reading.allocated_bytes, reading.reserved_bytes, forecast.kv_bytes,
             reading.device_used_bytes, [None] * len(reading.allocated_bytes),
         )  # fmt: skip
-        nowhere = np.zeros((shape.visual_tokens, 2), dtype=np.float32)
-        index = np.arange(shape.before, shape.before + shape.visual_tokens)
-        surgery = Surgery(model, pruner, Layout(shape.length, index, nowhere, np.zeros_like(index)))
-        memory = _memory(surgery, reading, columns, forecast.kv_tokens, forecast.kv_bytes_per_layer)
+        layers = self.card.text["num_hidden_layers"]
+        visual = visual_tokens_per_layer(pruner.stages(shape.visual_tokens, layers), shape.visual_tokens, layers)
+        if pruner.mask_only:
+            visual = [shape.visual_tokens] * layers
+        memory = {
+            "kept_visual_tokens": visual,
+            "kv_tokens_planned": [shape.text_tokens + each for each in visual],
+            "kv_tokens_found": forecast.kv_tokens,
+            "kv_bytes_per_layer": forecast.kv_bytes_per_layer,
+            "tokens": columns,
+            **_peak(reading),
+        }
         return Outcome(memory, None, reading.refused)
 
     def _predictor(self, spec: RunSpec, pruner: Pruner) -> Predictor | None:

@@ -92,8 +92,11 @@ def beside(result: dict[str, Any], runs: list[Run], path: Path) -> None:
     }
     data = facts.header("beside", path.name, runs) | {"bars": {name: table for name, (table, _) in rows.items()}}
     with look.settings():
-        key = [KeyItem("published", palette.MUTED), KeyItem("predicted, the method's colour", palette.method_colour("topv")),
-               KeyItem("predicted on today's stack", palette.STATIC)]  # fmt: skip
+        key = [
+            KeyItem("published", palette.MUTED),
+            KeyItem("predicted, in the method's colour", palette.method_colour("topv")),
+            KeyItem("predicted on today's stack", palette.STATIC),
+        ]
         sheet = Sheet(look, data, "The supplement's dynamic memory, published and predicted", body=130, key=key)
         axes = sheet.axes()
         places = [(m, t) for t in TASKS for m in METHODS]

@@ -13,7 +13,7 @@ from typing import Any
 
 from memprof.analysis.holders import leading_part, words_for
 from memprof.analysis.whatif import COUNTERFACTUALS, Change, Predictor, all_exact, floor
-from memprof.errors import DataError, UnknownName
+from memprof.errors import DataError, MemprofError, UnknownName
 from memprof.families import PromptShape, find_model
 from memprof.pruning import build_pruner, method_name
 from memprof.records import PARTS, Holder, Run, SampleRecord
@@ -236,7 +236,7 @@ def _carry_out(change: Change, base: int, predictor: Predictor, progress: Progre
     progress(change.name)
     try:
         memory = predictor.memory(change)
-    except (RuntimeError, ValueError, TypeError, AttributeError) as error:
+    except (MemprofError, RuntimeError, ValueError, TypeError, AttributeError) as error:
         return Answer(change.name, change.how, change.exact, refused=str(error).partition("\n")[0])
     part = leading_part(memory["peak_parts"])
     peak = int(memory["dynamic_peak_bytes"])

@@ -239,8 +239,9 @@ def reproduce(candidates: int = 4, progress: Progress | None = None) -> tuple[Se
         progress: Told what is about to be predicted.
 
     Returns:
-        The setting found, and all else JSON-ready: ``dynamic_gb[method][task]`` in the setting's unit, ``setting``, ``published``, ``error_percent``,
-        ``savings`` (percent), ``near_equals``, ``holders``, ``current_stack``, ``words`` and whether it is ``met``.
+        The setting found, and all else JSON-ready: ``dynamic_gb[method][task]`` in the setting's unit, ``setting``,
+        ``published``, ``error_percent``, ``savings`` (percent), ``near_equals``, ``holders``, ``current_stack``,
+        ``words``, and whether all is ``met``.
     """
     _, card = find_model(MODEL)
     predictor = Predictor()
@@ -326,8 +327,8 @@ def words(
         f"masks and drops nothing. Had it dropped them, OCRBench would have shown {dropped:.2f} {unit}, not "
         f"{PUBLISHED['fastv']['ocrbench']}.",
         "On today's stack (last-position logits, SDPA, FastV from one row of scores) the same AI2D prompt peaks at "
-        + ", ".join(f"{now[m]['ai2d']:.2f} under {build_pruner(m).title}" for m in ranking)
-        + f" {unit}: Baseline lies {below} the paper's TopV, and FastV no longer above Baseline.",
+        + ", ".join(f"{now[m]['ai2d']:.2f} {unit} under {build_pruner(m).title}" for m in ranking)
+        + f". Baseline then lies {below} the paper's TopV, and the ranking of FastV and Baseline is turned round.",
     ]
 
 
@@ -335,7 +336,7 @@ def words(
 
 
 def make_runs(setting: Setting, folder: Path, tokens: int = 8, progress: Progress | None = None) -> list[Run]:
-    """Each figure as a run folder in ``folder``: the highest prompt of its task after a smaller one, ``tokens`` tokens.
+    """Each figure as a run folder in ``folder``: its task's highest prompt after three smaller ones, ``tokens`` tokens.
 
     Runs that are there already are kept, so that a second call only reads them.
     """
@@ -346,7 +347,7 @@ def make_runs(setting: Setting, folder: Path, tokens: int = 8, progress: Progres
     for at, task in enumerate(TASKS):
         shapes = folder / f"{task}.csv"
         lines = ["width,height,text_tokens"]
-        for tiles in (max(1, setting.tiles[at] - 3), setting.tiles[at]):
+        for tiles in [n for n in TILES if n <= setting.tiles[at]][-4:]:
             width, height = image_size(shape_of(card, tiles, setting.text[at]))
             lines.append(f"{width},{height},{setting.text[at] - sum(card.template)}")
         shapes.write_text("\n".join(lines) + "\n", encoding="utf-8")

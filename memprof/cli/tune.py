@@ -32,10 +32,13 @@ def tune(
         str, typer.Option("--objective", help="What is made small beside the loss: memory, flops or time.")
     ] = "memory",
     search: Annotated[
-        str | None, typer.Option("--search", help="Fields to search, as keep,layer; default: what the trials can judge.")
+        str | None,
+        typer.Option("--search", help="Fields to search, as keep,layer; default: what the trials can judge."),
     ] = None,
     trials: Annotated[int, typer.Option("--trials", min=1, help="Trials in all, of all workers together.")] = 40,
-    controls: Annotated[bool, typer.Option("--controls", help="Tune random and uniform selection beside them.")] = False,
+    controls: Annotated[
+        bool, typer.Option("--controls", help="Tune random and uniform selection beside them.")
+    ] = False,
     device: opt.Device = "auto",
     stack: opt.StackName = "current",
     limit: opt.Limit = None,
@@ -47,7 +50,9 @@ def tune(
     seed: opt.Seed = 0,
     storage: Annotated[
         str | None,
-        typer.Option("--storage", help="Where workers share trials: journal:///FILE or a database URL, as Optuna has it."),
+        typer.Option(
+            "--storage", help="Where workers share trials: journal:///FILE or a database URL, as Optuna has it."
+        ),
     ] = None,
     study: Annotated[str | None, typer.Option("--study", help="Name in the storage; default: by the question.")] = None,
     output: Annotated[
@@ -174,12 +179,12 @@ def _without_password(url: str) -> str:
 
 def _draw(question: Question, rows: Sequence[Trial], out: Path, unit: str) -> list[str]:
     """The front as a figure, with the data it was drawn from."""
+    import dataclasses
+
     from memprof import figures
     from memprof.environment import environment
     from memprof.figures.kinds.front import front_data
     from memprof.records import Run, RunRecord
-
-    import dataclasses
 
     status = "measured" if question.measured else "predicted"
     runs = [
@@ -266,7 +271,9 @@ def _print(question: Question, rows: Sequence[Trial], document: dict[str, Any], 
 
     console = Console(highlight=False, soft_wrap=True)
     status = "measured" if question.measured else "predicted"
-    console.print(f"[bold]front: {question.spec.model} on {question.spec.task}, {question.spec.stack} stack, {status}[/]")
+    console.print(
+        f"[bold]front: {question.spec.model} on {question.spec.task}, {question.spec.stack} stack, {status}[/]"
+    )
     console.print(_table(question, answer.front_of(question, rows), unit))
     for method, best in answer.best_by_method(question, rows).items():
         if best is None or best.result is None:
@@ -276,7 +283,9 @@ def _print(question: Question, rows: Sequence[Trial], document: dict[str, Any], 
         console.print(f"{method}: [bold]{best.method}[/] needs {peak}")
     for row in document["sensitivity"]["fields"]:
         span = format_bytes(row["span_bytes"], unit)
-        console.print(f"{row['method']} {row['field']}: {100 * row['share']:.0f} % of the variance, {span}", style="dim")
+        console.print(
+            f"{row['method']} {row['field']}: {100 * row['share']:.0f} % of the variance, {span}", style="dim"
+        )
     if document["sensitivity"]["fields"]:
         console.print(f"({answer.SENSITIVITY})", style="dim")
     if document["preset"]:

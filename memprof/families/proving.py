@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import numpy.typing as npt
 
+from memprof.errors import BadValue
 from memprof.families import Card, Family, PromptShape
 from memprof.families._proving.drawing import CHARACTERS, INKS, LETTERS, SIZE, OwnQuestion
 from memprof.families._text import Special, encode_parts
@@ -26,7 +27,7 @@ if TYPE_CHECKING:
     from memprof.families._text import Tokenizer
 
 #: Tokens by id: special ones, the words of its questions, the characters. Ids up to the image's are spare.
-SPECIALS = ("<pad>", "<bos>", "<eos>", "<unk>", "<img>", "</img>", "<answer>")
+SPECIALS = ("<pad>", "<bos>", "<eos>", "<unk>", "<img>", "</img>")
 VOCABULARY = (*SPECIALS, "read", "begins", *INKS, *LETTERS, *CHARACTERS)
 _VOCABULARY_SIZE = 48
 #: Id of ``<IMG_CONTEXT>``.
@@ -51,7 +52,7 @@ _CARD = Card(
         "layer_scale_init_value": 0.5,
     },
     extra={"image_token_id": _IMAGE, "downsample_ratio": 0.5},
-    template=(2, 2),
+    template=(2, 1),
 )  # fmt: skip
 #: Questions asked unless told otherwise.
 _QUESTIONS = 100
@@ -89,9 +90,9 @@ class Proving(Family):
         return int(card.extra["image_token_id"])
 
     def prompt(self, card: Card, question: str, shape: PromptShape, tokenizer: Tokenizer) -> list[int]:
-        """``<bos><img>``, the visual tokens, ``</img>``, the question, ``<answer>``."""
+        """``<bos><img>``, the visual tokens, ``</img>``, the question, which ends in the ink it is about."""
         image = Special(self.image_token(card), shape.visual_tokens)
-        parts = (Special("<bos>"), Special("<img>"), image, Special("</img>"), question, Special("<answer>"))
+        parts = (Special("<bos>"), Special("<img>"), image, Special("</img>"), question)
         return encode_parts(parts, tokenizer)
 
     def shipped(self, card: Card) -> Path:
@@ -110,5 +111,10 @@ class Proving(Family):
         Args:
             task: ``ai2d`` gives choices among A to D; any other task gives strings to read.
             limit: How many; 100 by default.
+
+        Raises:
+            BadValue: ``limit`` is below 1.
         """
+        if limit is not None and limit < 1:
+            raise BadValue(f"limit={limit} is below 1")
         return [OwnQuestion(number, task == "ai2d") for number in range(_QUESTIONS if limit is None else limit)]

@@ -281,6 +281,8 @@ class Replay:
     peak_events: tuple[int, ...]
     #: Bytes of the block each number got: the request, its rounding, and what was too little to split off.
     granted: list[int]
+    #: Addresses of the numbers that are still handed out at the end.
+    left: dict[int, int]
     #: The allocation that did not fit, if one did not: then the last window ends there.
     refused: Refusal | None = None
     #: Index of the event that was refused.
@@ -488,9 +490,10 @@ class CachingAllocator:
             peak_events.append(-1 if number < 0 else events.index(number, start, stop))
             if refused_event is not None:
                 break
+        left = {number: self._address[block] for number, block in enumerate(live) if block}
         self._at.update((self._address[block], block) for block in live if block)
         return Replay(
-            tuple(peaks), tuple(ends), tuple(reserved_peaks), tuple(reserved_ends), tuple(peak_events), wants,
+            tuple(peaks), tuple(ends), tuple(reserved_peaks), tuple(reserved_ends), tuple(peak_events), wants, left,
             self.refused, refused_event,
         )  # fmt: skip
 

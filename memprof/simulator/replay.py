@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Hashable
 from dataclasses import dataclass, field
 from itertools import pairwise
 
@@ -58,6 +59,8 @@ class Timeline:
 
     def __init__(self, trace: Trace) -> None:
         self.marks, self.phases = trace.marks, trace.phases
+        #: How the small pool grew, by all that decides it: shapes of one program often share their small tensors.
+        self.known: dict[Hashable, list[int]] = {}
         self.events = np.asarray(trace.events[: trace.marks[-1]] if trace.marks else trace.events, dtype=np.int64)
         self.born = self.events >= 0
         self.slots = np.where(self.born, self.events, ~self.events)
@@ -126,7 +129,7 @@ def _serve_by_pool(line: Timeline, wants: Ints, start: CachingAllocator) -> tupl
         return None
     large = _Share(line, wants, wants > SMALL_LIMIT)
     served = start.unlimited().replay(large.order, large.wants, large.ends[:-1].tolist())
-    small = _small_growth(_Share(line, wants, (wants <= SMALL_LIMIT) & (wants > 0)), start)
+    small = _small_growth(_Share(line, wants, (wants <= SMALL_LIMIT) & (wants > 0)), start, line.known)
     # Without pressure nothing goes back, so a token's highest is what is reserved at its end.
     reserved = [a + b for a, b in zip(served.reserved, small, strict=True)]
     limit = start.limit_bytes
@@ -159,33 +162,34 @@ class _Share:
         self.ends = np.searchsorted(at, line.marks or [len(line.events)])
 
 
-def _small_growth(small: _Share, start: CachingAllocator) -> list[int]:
+def _small_growth(small: _Share, start: CachingAllocator, known: dict[Hashable, list[int]]) -> list[int]:
     """Bytes by which the small pool has grown at the end of each token.
 
     The rest of a small block is always split off, so blocks are as large as what was asked for, and only the number
-    of segments is in question. It is settled without a replay wherever pigeonholes do: ``n`` blocks born since cut
-    ``m`` gaps into at most ``n + m``, so while the bytes left in those gaps are that many times what is asked for, one
-    of them is large enough wherever the blocks lie. So no more is replayed than the tokens up to the last request that
-    this leaves open: mostly the prefill.
+    of segments is in question. Behind the first token it is mostly settled without a replay, by pigeonholes: ``n``
+    blocks born since cut ``m`` gaps into at most ``n + m``, so while the bytes left in those gaps are that many times
+    what is asked for, one of them is large enough wherever the blocks lie. And what does not settle it often is the
+    same as for a shape before.
     """
-    tokens = 1
-    while True:
-        stop, allocator = int(small.ends[tokens - 1]), start.unlimited()
-        served = allocator.replay(small.order[:stop], small.wants, small.ends[: tokens - 1].tolist())
-        growth = [top - start.reserved for top in served.reserved]
-        born, numbers = small.born[stop:], small.numbers[stop:]
-        want = small.wants[numbers]
-        change = np.where(born, 1, -1) * (numbers >= np.count_nonzero(small.born[:stop]))
-        blocks, n_bytes = np.cumsum(change) - change, np.cumsum(change * want) - change * want
-        settled, room = ~born, 0
-        gaps = sorted((block.size for block in allocator.free_blocks() if block.small), reverse=True)
-        for number, gap in enumerate(gaps, start=1):
-            room += gap
-            settled |= room - n_bytes >= want * (blocks + number)
-        if settled.all():
-            return growth + [growth[-1]] * (len(small.ends) - tokens)
-        last = stop + int(np.nonzero(~settled)[0][-1])
-        tokens = int(np.searchsorted(small.ends, last, side="right")) + 1
+    stop, allocator = int(small.ends[0]), start.unlimited()
+    served = allocator.replay(small.order[:stop], small.wants)
+    grown = served.reserved[0] - start.reserved
+    gaps = sorted(((b.size, b.address) for b in allocator.free_blocks() if b.small), reverse=True)
+    born, numbers = small.born[stop:], small.numbers[stop:]
+    first, want = int(np.count_nonzero(small.born[:stop])), small.wants[numbers]
+    change = np.where(born, 1, -1) * (numbers >= first)
+    blocks, n_bytes = np.cumsum(change) - change, np.cumsum(change * want) - change * want
+    settled, room = ~born, 0
+    for number, (gap, _) in enumerate(gaps, start=1):
+        room += gap
+        settled |= room - n_bytes >= want * (blocks + number)
+    if settled.all():
+        return [grown] * len(small.ends)
+    key = start, *gaps, *served.left.items(), small.wants[first:].tobytes()
+    if key not in known:
+        served = start.unlimited().replay(small.order, small.wants, small.ends[:-1].tolist())
+        known[key] = [reserved - start.reserved - grown for reserved in served.reserved]
+    return [grown + more for more in known[key]]
 
 
 def _read(trace: Trace, line: Timeline, sizes: Ints, level: Ints, refused: int | None = None) -> Reading:

@@ -1,6 +1,6 @@
 """The search over pruning ratios: from a budget of bytes, or a loss that is allowed, to a setting.
 
-``search`` closes in on one number, ``space`` knows what a method lets a search change, ``trials`` predicts or measures
+``space`` knows what a method lets a search change, ``trials`` predicts or measures
 one setting, ``study`` keeps the trials in an Optuna study that any number of workers share, ``answer`` reads it,
 ``preset`` writes down what it says.
 """

@@ -7,9 +7,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from memprof.analysis.bracket import on_grid
 from memprof.plugins import split_spec
 from memprof.pruning import METHODS, build_pruner, method_spec
-from memprof.tuning.search import on_grid
 
 #: Real-valued fields are searched on this grid: a half of a thousandth of the visual tokens is one or two of them.
 GRID = 0.0005

@@ -20,14 +20,14 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, cast
 
-import optuna  # noqa: TID253 - this file is imported where a study is opened, and nowhere else
-from optuna.distributions import BaseDistribution  # noqa: TID253
-from optuna.samplers import BaseSampler, TPESampler  # noqa: TID253
-from optuna.trial import FrozenTrial, TrialState  # noqa: TID253
+import optuna
+from optuna.distributions import BaseDistribution
+from optuna.samplers import BaseSampler, TPESampler
+from optuna.trial import FrozenTrial, TrialState
 
+from memprof.analysis.bracket import next_value
 from memprof.errors import MemprofError, UsageError
 from memprof.tuning import Evaluate, Question, Result, Trial
-from memprof.tuning.search import next_value
 from memprof.tuning.space import Field, with_values
 from memprof.units import MIB
 
@@ -410,7 +410,7 @@ def _over(question: Question, result: Result) -> float | None:
 
 def _failed(trial: FrozenTrial) -> bool:
     """Whether a trial was evaluated and failed, rather than given back."""
-    return trial.state == TrialState.FAIL and trial.user_attrs.get("status") == "failed"
+    return bool(trial.state == TrialState.FAIL and trial.user_attrs.get("status") == "failed")
 
 
 def _result_of(trial: FrozenTrial) -> Result:

@@ -26,7 +26,7 @@ def layers_of(model: Any) -> Any:
     return model.model.language_model.layers
 
 
-# -- memprof's own methods ----------------------------------------------------------------------------------------------
+# -- memprof's own methods ---------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("family", families())
@@ -48,7 +48,7 @@ def test_fastv_on_either_attention(attention: str, device: str) -> None:
     assert audit_pruner(model, build_pruner(f"fastv:scores={scores}"), tiny_prompt(kind, card), stack="paper").passed
 
 
-# -- planted faults -----------------------------------------------------------------------------------------------------
+# -- planted faults ----------------------------------------------------------------------------------------------------
 
 
 def test_mask_only_pruning_is_caught() -> None:
@@ -74,16 +74,11 @@ def test_mask_only_pruning_of_the_reference_also_keeps_a_map() -> None:
 @contextmanager
 def running_twice(model: Any, number: int) -> Iterator[None]:
     """FastV's published fault: the layer before the cut runs once for its scores and once more for its output."""
-    layer, busy = layers_of(model)[number], False
 
     def before(module: Any, args: Any, kwargs: Any) -> None:
-        nonlocal busy
-        if not busy:
-            busy = True
-            module(*args, **kwargs)
-            busy = False
+        module.forward(*args, **kwargs)
 
-    hook = layer.register_forward_pre_hook(before, with_kwargs=True)
+    hook = layers_of(model)[number].register_forward_pre_hook(before, with_kwargs=True)
     try:
         yield
     finally:
@@ -178,7 +173,7 @@ def test_inputs_without_a_prompt_are_refused() -> None:
         audit_generate(model, {}, 3)
 
 
-# -- judging ------------------------------------------------------------------------------------------------------------
+# -- judging -----------------------------------------------------------------------------------------------------------
 
 
 def evidence(**changes: Any) -> Evidence:

@@ -94,9 +94,7 @@ def test_nothing_pruned_is_nothing_lost() -> None:
     family, card, model = tiny_model("internvl")
     prompt = tiny_prompt(family, card)
     inputs = place(prompt, model)
-    found = fidelity(
-        model, inputs, build_pruner("baseline"), prompt.layout, reference(model, inputs, new_tokens=NEW)
-    )
+    found = fidelity(model, inputs, build_pruner("baseline"), prompt.layout, reference(model, inputs, new_tokens=NEW))
     assert found == {"agreement": 1.0, "kl": 0.0, "first_divergence": float(NEW), "exact": 1.0}
 
 

@@ -140,7 +140,7 @@ def choice_question(scene: Scene, line: int, seed: int) -> Question:
     options = [right, *list(dict.fromkeys(c for c in wrong if c != right))[:3]]
     order = rng.permutation(len(LETTERS))
     listed = " ".join(f"{letter} {options[i]}" for letter, i in zip(LETTERS, order, strict=True))
-    return Question(f"begins {scene.lines[line].ink} {listed}", LETTERS[int(np.flatnonzero(order == 0)[0])], line)
+    return Question(f"{listed} begins {scene.lines[line].ink}", LETTERS[int(np.flatnonzero(order == 0)[0])], line)
 
 
 def _write(canvas: npt.NDArray[np.float32], ink: str, top: int, height: int, rng: np.random.Generator) -> Line:

@@ -203,7 +203,7 @@ def spatial_cost(places: torch.Tensor, images: torch.Tensor, sigma: float) -> Co
 
     def block(start: int, stop: int) -> torch.Tensor:
         apart = torch.cdist(at[start:stop], at, compute_mode="donot_use_mm_for_euclid_dist")
-        return apart.square_().neg_().expm1_().neg_()
+        return apart.square_().neg_().exp_().neg_().add_(1)
 
     return block
 

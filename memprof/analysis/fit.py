@@ -1,0 +1,302 @@
+"""What fits on a card: the largest prompt, answer and share of visual tokens, and what would have to give."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from memprof.analysis.bracket import next_value
+from memprof.analysis.holders import leading_part, words_for
+from memprof.errors import BadValue, DoesNotFit
+from memprof.families import PromptShape
+from memprof.pruning import METHODS, kept_share, method_name, method_spec
+from memprof.records import RunSpec
+from memprof.runner import Bench, complete_spec
+from memprof.units import MIB, format_bytes
+
+#: What a CUDA process takes from the card beside what torch reserves: the context, and the kernels it has loaded. There
+#: is no one figure. PyTorch's pull request 86509 measured 274 MiB with lazily loaded modules (CUDA's default on Linux
+#: since 12.2) before any kernel ran, and 636 MiB with all of them loaded; cuBLAS and attention kernels lie between. So
+#: this may be wrong by 150 MiB either way: ``memprof run --device cuda`` records the true one (``device_used_bytes``).
+CONTEXT_BYTES = 500 * MIB
+#: Tokens of an AI2D question, rounded up (METHODS: 53 on average).
+QUESTION_TOKENS = 53
+#: Most tiles that are looked at; beyond, the vision tower's batch is nobody's picture.
+MOST_TILES = 128
+
+
+@dataclass(frozen=True)
+class Need:
+    """What one prompt needs, in bytes.
+
+    Attributes:
+        allocated_bytes: Highest allocated.
+        reserved_bytes: Highest reserved: what fragmentation leaves unusable is in it.
+        device_bytes: Reserved, and the CUDA context.
+        held_by: Who holds most of the peak above the weights.
+    """
+
+    allocated_bytes: int
+    reserved_bytes: int
+    device_bytes: int
+    held_by: str
+
+
+@dataclass(frozen=True)
+class Limit:
+    """How far one thing can go with the others as asked.
+
+    Attributes:
+        name: ``tiles``, ``images``, ``new tokens``, ``keep`` or ``batch``.
+        asked: What was asked.
+        largest: The largest that fits, or None where not even the least does.
+        device_bytes: What it needs at its largest.
+        note: What bounds it other than the card, or how it was found.
+    """
+
+    name: str
+    asked: float
+    largest: float | None
+    device_bytes: int | None
+    note: str = ""
+
+
+@dataclass(frozen=True)
+class Fit:
+    """The answer of :func:`fit`; sizes in bytes.
+
+    Attributes:
+        model, method, stack, dtype: What was asked about, the method in full.
+        gpu_bytes, context_bytes: The card, and what the CUDA context takes of it.
+        static_bytes: Weights.
+        need: What the prompt as asked needs.
+        fits: Whether it fits.
+        limits: How far each thing can go.
+        give: What would make it fit, where it does not.
+    """
+
+    model: str
+    method: str
+    stack: str
+    dtype: str
+    gpu_bytes: int
+    context_bytes: int
+    static_bytes: int
+    need: Need
+    fits: bool
+    limits: tuple[Limit, ...]
+    give: tuple[str, ...]
+
+    def to_json(self) -> dict[str, Any]:
+        """This answer as plain data."""
+        return dataclasses.asdict(self)
+
+
+def fit(
+    spec: RunSpec,
+    gpu_bytes: int,
+    *,
+    context_bytes: int = CONTEXT_BYTES,
+    tiles: int | None = None,
+    images: int = 1,
+    question_tokens: int = QUESTION_TOKENS,
+    bench: Bench | None = None,
+) -> Fit:
+    """What fits on a card of ``gpu_bytes`` when ``spec``'s model runs under its method, stack and dtype; predicted.
+
+    Args:
+        spec: Its task, data and limit are not looked at; ``max_new_tokens`` is the answer's length.
+        gpu_bytes: Memory of the card.
+        context_bytes: What the CUDA context takes of it; see :data:`CONTEXT_BYTES`.
+        tiles: Tiles of an image, thumbnail included; None: as many as the model cuts at most.
+        images: Images of so many tiles.
+        question_tokens: Text tokens beside the chat template.
+        bench: Where the model is kept.
+
+    Raises:
+        DoesNotFit: The weights alone, or the least prompt, do not fit; says what would.
+        UsageError: An unknown name, or a value outside its range.
+    """
+    room = gpu_bytes - context_bytes
+    spec, _, _ = complete_spec(dataclasses.replace(spec, device="sim", weights="random", data="bundled", limit=None))
+    bench = bench or Bench(spec)
+    desk = _Desk(spec, bench, context_bytes, question_tokens)
+    if tiles is None:
+        tiles = bench.card.max_tiles + (bench.family.thumbnails and bench.card.max_tiles > 1)
+    if tiles < 1 or images < 1 or question_tokens < 0:
+        raise BadValue("tiles and images must be at least 1, and a question cannot have fewer than 0 tokens")
+    if desk.static_bytes > room:
+        raise DoesNotFit(_weights_alone(desk, gpu_bytes, context_bytes))
+    total = tiles * images
+    asked = desk.need(spec.method, total)
+    limits = (*_tiles(desk, room, tiles, images), _new_tokens(desk, room, total), *_keep(desk, room, total))
+    batch = Limit("batch", 1, 1 if asked.device_bytes <= room else None, None, "pruning cuts one prompt at a time")
+    fits = asked.device_bytes <= room
+    give = () if fits else _what_gives(desk, room, total, asked, limits)
+    if not fits and all(limit.largest is None for limit in limits):
+        least = desk.need(spec.method, 1)
+        if least.device_bytes > room:
+            raise DoesNotFit(
+                f"not even one tile fits {format_bytes(gpu_bytes)}: it needs {format_bytes(least.device_bytes)} "
+                f"({format_bytes(context_bytes, 'MiB', 0)} of CUDA context among it), most of what lies above the weights "
+                f"held by {least.held_by}; {'; '.join(give)}"
+            )
+    return Fit(
+        spec.model, spec.method, spec.stack, spec.dtype, gpu_bytes, context_bytes, desk.static_bytes, asked, fits,
+        (*limits, batch), give,
+    )  # fmt: skip
+
+
+class _Desk:
+    """Needs of prompts that differ in tiles, method and length."""
+
+    def __init__(self, spec: RunSpec, bench: Bench, context_bytes: int, question_tokens: int) -> None:
+        self.spec, self.bench, self.context_bytes, self.question_tokens = spec, bench, context_bytes, question_tokens
+        self.static_bytes = int(bench.ready(spec)[1].static_bytes)
+        self.positions = int(bench.card.text.get("max_position_embeddings", 32768))
+
+    def shape(self, tiles: int) -> PromptShape:
+        """A prompt of so many tiles in all; bytes do not depend on how they lie."""
+        before, after = self.bench.card.template
+        visual = tiles * self.bench.family.side(self.bench.card) ** 2
+        return PromptShape(tiles, tiles, 1, visual, before, after + self.question_tokens)
+
+    def most_tiles(self) -> int:
+        """Tiles that the model has positions for."""
+        each = self.bench.family.side(self.bench.card) ** 2
+        text = self.shape(1).text_tokens + self.spec.max_new_tokens
+        return max(1, min(MOST_TILES, (self.positions - text) // each))
+
+    def foresee(self, method: str, tiles: list[int]) -> None:
+        """Have programs made for all of these at once."""
+        spec, pruner, _ = complete_spec(dataclasses.replace(self.spec, method=method))
+        self.bench.foresee(spec, pruner, [self.shape(n) for n in tiles])
+
+    def memory(self, method: str, tiles: int, stack: str | None = None) -> dict[str, Any]:
+        """The memory half of a record."""
+        spec = dataclasses.replace(self.spec, method=method, stack=stack or self.spec.stack)
+        spec, pruner, _ = complete_spec(spec)
+        return self.bench.outcome(spec, pruner, self.shape(tiles), spec.seed).memory
+
+    def need(self, method: str, tiles: int, stack: str | None = None) -> Need:
+        """What a prompt needs."""
+        memory = self.memory(method, tiles, stack)
+        reserved = max(memory["tokens"].reserved_bytes)
+        return Need(
+            max(memory["tokens"].peak_allocated_bytes), reserved, reserved + self.context_bytes,
+            words_for(leading_part(memory["peak_parts"]), memory["peak_holders"]),
+        )  # fmt: skip
+
+
+def _largest(fits: Callable[[int], bool], low: int, high: int) -> int | None:
+    """The largest whole number that fits, by halving; None where ``low`` does not."""
+    if not fits(low):
+        return None
+    if fits(high):
+        return high
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (middle, high) if fits(middle) else (low, middle)
+    return low
+
+
+def _tiles(desk: _Desk, room: int, tiles: int, images: int) -> tuple[Limit, ...]:
+    """Tiles of one image, and images of so many tiles: the same bytes, as all tiles run as one batch."""
+    method, most = desk.spec.method, desk.most_tiles()
+    desk.foresee(method, list(range(1, most + 1)))
+    total = _largest(lambda n: desk.need(method, n).device_bytes <= room, 1, most)
+    bound = f"the model's {desk.positions:,} positions" if total == most < MOST_TILES else ""
+    found = []
+    if desk.bench.card.max_tiles > 1:
+        each = total // images if total else None
+        needs = desk.need(method, each * images).device_bytes if each else None
+        found.append(Limit("tiles", tiles, each or None, needs, bound))
+    many = total // tiles if total else None
+    needs = desk.need(method, many * tiles).device_bytes if many else None
+    found.append(Limit("images", images, many or None, needs, bound or f"of {tiles} tile{'s' * (tiles > 1)} each"))
+    return tuple(found)
+
+
+def _new_tokens(desk: _Desk, room: int, tiles: int) -> Limit:
+    """New tokens: what one more adds to the cache, from the cache's growth over the tokens that were predicted."""
+    spec, memory = desk.spec, desk.memory(desk.spec.method, tiles)
+    asked = desk.need(spec.method, tiles)
+    columns, made = memory["tokens"], spec.max_new_tokens
+    shape = desk.shape(tiles)
+    most = desk.positions - shape.length
+    grown = memory["kv_bytes_per_layer"], memory["kv_tokens_found"]
+    each = [nbytes / tokens for nbytes, tokens in zip(*grown, strict=True) if tokens]
+    a_token = sum(each) + max(each, default=0) / 2  # while it grows, a layer's keys are there twice
+    unused = asked.reserved_bytes - asked.allocated_bytes
+    last = columns.peak_allocated_bytes[-1] + unused + desk.context_bytes
+    if asked.device_bytes > room:
+        return Limit("new tokens", made, None, None, "the prompt alone is too large")
+    more = int((room - last) // a_token)
+    largest = min(most, made + max(0, more))
+    needs = max(asked.device_bytes, round(last + (largest - made) * a_token))
+    note = f"the model's {desk.positions:,} positions" if largest == most else ""
+    return Limit("new tokens", made, largest, needs, note or f"extrapolated from {made}")
+
+
+def _keep(desk: _Desk, room: int, tiles: int) -> tuple[Limit, ...]:
+    """The largest share of visual tokens, where the method has one."""
+    _, pruner, _ = complete_spec(desk.spec)
+    share = kept_share(pruner)
+    if share is None:
+        return ()
+    field = next(f for f in dataclasses.fields(pruner) if f.name == "keep")
+    low, high = field.metadata.get("search") or (0.02, 1.0)
+    seen: list[tuple[float, float]] = []
+    while (value := next_value(seen, low, high, step=0.0005)) is not None:
+        seen.append((value, desk.need(_with_keep(pruner, value), tiles).device_bytes - room))
+    fitting = [value for value, over in seen if over <= 0]
+    if not fitting:
+        return (Limit("keep", share, None, None),)
+    needs = dict(seen)[max(fitting)] + room
+    return (Limit("keep", share, max(fitting), round(needs)),)
+
+
+def _with_keep(pruner: Any, keep: float) -> str:
+    return method_spec(dataclasses.replace(pruner, keep=keep))
+
+
+def _what_gives(desk: _Desk, room: int, tiles: int, asked: Need, limits: tuple[Limit, ...]) -> tuple[str, ...]:
+    """What would make the prompt fit: less of one thing, another stack, another card."""
+    give = [
+        f"{limit.name} {limit.largest:g} instead of {limit.asked:g}"
+        for limit in limits
+        if limit.largest is not None and limit.largest < limit.asked
+    ]
+    if desk.spec.stack == "paper" and desk.need(desk.spec.method, tiles, "current").device_bytes <= room:
+        give.append("stack current, which makes logits of the last position alone")
+    if method_name(complete_spec(desk.spec)[1]) == "baseline" and "topv" in METHODS.names():
+        pruned = _keep(_Desk(dataclasses.replace(desk.spec, method="topv"), desk.bench, desk.context_bytes,
+                             desk.question_tokens), room, tiles)  # fmt: skip
+        give += [f"pruning: topv with keep {one.largest:g}" for one in pruned if one.largest is not None]
+    return (*give, f"a card of {format_bytes(asked.device_bytes, 'GiB', 1)}")
+
+
+def _weights_alone(desk: _Desk, gpu_bytes: int, context_bytes: int) -> str:
+    weights, room, bits = desk.static_bytes, gpu_bytes - context_bytes, 32 if desk.spec.dtype == "float32" else 16
+    fewer = [(n, weights * n // bits) for n in (16, 8, 4) if n < bits and weights * n // bits < room]
+    would = [f"{n}-bit weights (about {format_bytes(size, digits=1)})" for n, size in fewer]
+    would += ["a smaller model", f"a card of {format_bytes(weights + context_bytes, digits=1)} and more"]
+    return (
+        f"the weights of {desk.spec.model} alone, {format_bytes(weights)} in {desk.spec.dtype}, do not fit: a card of "
+        f"{format_bytes(gpu_bytes)} has {format_bytes(max(0, room))} beside its CUDA context "
+        f"({format_bytes(context_bytes, 'MiB', 0)}), and no pruning lowers that; what would help: {', '.join(would)}"
+    )
+
+
+def as_text(answer: Fit, unit: str = "GiB") -> list[Mapping[str, str]]:
+    """The limits as rows of text."""
+    return [
+        {
+            "what": limit.name, "asked": f"{limit.asked:g}",
+            "largest": "none" if limit.largest is None else f"{limit.largest:g}",
+            "needs": format_bytes(limit.device_bytes, unit) if limit.device_bytes else "-", "note": limit.note,
+        }
+        for limit in answer.limits
+    ]  # fmt: skip
