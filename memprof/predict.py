@@ -46,7 +46,7 @@ _CLASSES: tuple[Callable[[PromptShape], int], ...] = (
 )
 
 #: Makes the model with that many decoder layers, and its meter.
-Build = Callable[[int], tuple[nn.Module, SimMeter]]
+Build = Callable[[int], tuple[nn.Module, Meter]]
 #: Profiles one prompt of random text: model, meter, pruner, shape, new tokens.
 Profile = Callable[[nn.Module, Meter, Pruner, PromptShape, int], object]
 
@@ -77,13 +77,22 @@ class Predictor:
         build: Makes a model of the same kind with fewer layers.
         profile: Profiles one prompt.
         depends: Everything else the programs depend on, as plain data; see :func:`source_hash`.
+        alike: Whether the decoder layers are alike, so that a few of them tell of all.
     """
 
     def __init__(
-        self, depth: int, meter: SimMeter, pruner: Pruner, build: Build, profile: Profile, depends: dict[str, Any]
+        self,
+        depth: int,
+        meter: SimMeter,
+        pruner: Pruner,
+        build: Build,
+        profile: Profile,
+        depends: dict[str, Any],
+        *,
+        alike: bool = True,
     ) -> None:
         self._depth, self._meter, self._pruner, self._build, self._profile = depth, meter, pruner, build, profile
-        self._depends = depends
+        self._depends, self._alike = depends, alike
         #: Prompts that were run to record programs.
         self.recorded = 0
         self._programs: dict[tuple[Any, ...], Program | None] = {}
@@ -115,6 +124,7 @@ class Predictor:
         passages = self._passages(program, shape)
         key = (id(program), new_tokens, *passages)
         try:
+            self._fill(program, shape)
             if key not in self._unfolded:
                 self._unfolded[key] = program.unfold(self._depth, new_tokens, passages)
             return self._unfolded[key].trace(lengths), self._unfolded[key]
@@ -128,7 +138,7 @@ class Predictor:
             return None
         trace, unfolded = found
         reading = read_cuda(trace, self._meter.loaded, unfolded.timeline)
-        layers, marks = unfolded.caches()
+        layers, marks = unfolded.caches
         nbytes = trace.nbytes
         return Forecast(
             reading,
@@ -163,11 +173,12 @@ class Predictor:
     def _extend(self, program: Program, group: Sequence[PromptShape], new_tokens: int) -> None:
         """Record the shapes that lie outermost, until all of ``group`` are answered for and one was a test."""
         asked = {self._lengths(shape, new_tokens): shape for shape in group}
-        while open_ := [lengths for lengths in asked if not program.covers(lengths)]:
-            points = {_to_record(lengths, program): lengths for lengths in open_} if program.tested else {
-                _to_record(lengths, program): lengths for lengths in asked
+        while unanswered := [lengths for lengths in asked if not program.covers(lengths)]:
+            points = {
+                point: lengths
+                for lengths in (unanswered if program.tested else asked)
+                if (point := _to_record(lengths, program)) is not None
             }
-            points.pop(None, None)
             if not points:
                 return  # too few shapes to test a program with: they are traced directly
             point = max(points, key=lambda one: (program.excess(one), program.span.weights(one) is None, sum(one)))
@@ -179,7 +190,7 @@ class Predictor:
         return fold(recording, fold_layers=self._recorded_depth(recording.head_layers) < self._depth)
 
     def _recorded_depth(self, head: int) -> int:
-        return min(head + 3, self._depth)
+        return min(head + 3, self._depth) if self._alike else self._depth
 
     def _record(self, shape: PromptShape, new_tokens: int) -> Recording:
         """Profile one prompt on a model of few layers, and note where layers and selections begin."""
@@ -187,6 +198,7 @@ class Predictor:
         stages = self._stages(shape)
         head = (stages[-1].layer if stages else 0) + 2
         model, meter = self._build(self._recorded_depth(head))
+        assert isinstance(meter, SimMeter)
         entered: list[int] = []
         gaps: list[tuple[int, int]] = []
 
@@ -236,7 +248,7 @@ class Predictor:
         """The keys of the selections that fill the program's gaps for a shape; recorded where they were not."""
         assert program.structure is not None
         gaps = program.structure.gaps
-        keys, left = [], shape.visual_tokens
+        keys, left = list[tuple[int, ...]](), shape.visual_tokens
         for stage in self._stages(shape)[:gaps]:
             keys.append((left, stage.kept))
             left = stage.kept
@@ -345,7 +357,8 @@ def _asking(view: View, asked: list[str]) -> View:
 
         return call
 
-    return dataclasses.replace(view, **{k: noting(k, v) for k, v in vars(view).items() if callable(v)})
+    noted: Any = {k: noting(k, v) for k, v in vars(view).items() if callable(v)}
+    return dataclasses.replace(view, **noted)
 
 
 @dataclasses.dataclass
@@ -388,8 +401,8 @@ def source_hash() -> str:
     for room in ("simulator", "pruning", "meters", "families"):
         for file in sorted((root / room).rglob("*.py")):
             digest.update(file.read_bytes())
-    for file in ("predict", "profiler", "stacks", "anatomy", "scopes", "runner"):
-        digest.update((root / f"{file}.py").read_bytes())
+    for name in ("predict", "profiler", "stacks", "anatomy", "scopes", "runner"):
+        digest.update((root / f"{name}.py").read_bytes())
     for name in ("torch", "transformers"):
         digest.update(f"{name} {package_version(name)}".encode())
     return digest.hexdigest()

@@ -113,12 +113,14 @@ def profile_prompt(
             **inputs, max_new_tokens=new_tokens, do_sample=False, logits_processor=meter.logits_processors()
         )
     tokens = None if meter.status == "predicted" else [int(t) for t in out[0, len(prompt.ids) :]]
+    done = len(profiler.reading.peak_allocated_bytes)  # fewer than were made where a card would have refused one
+    columns = {name: column[:done] for name, column in vars(profiler.tokens).items()}
     memory = {
         "kept_visual_tokens": surgery.visual_tokens,
         "kv_tokens_planned": surgery.kv_tokens,
         "kv_tokens_found": profiler.kv_tokens,
         "kv_bytes_per_layer": profiler.kv_bytes_per_layer,
-        "tokens": profiler.tokens,
+        "tokens": TokenColumns(**columns),
         **_peak(profiler.reading),
     }
     return Outcome(memory, tokens, profiler.reading.refused)
@@ -264,6 +266,7 @@ class Bench:
             return None
         key = (pruner, spec.stack)
         if key not in self._predictors:
+            kinds = getattr(self.family.config(self.card).get_text_config(), "layer_types", None)
             depends = {
                 "card": dataclasses.asdict(self.card), "method": method_spec(pruner), "stack": spec.stack,
                 "dtype": spec.dtype, "attention": spec.attention, "kernels": meter.kernels().name,
@@ -276,6 +279,7 @@ class Bench:
                     model, meter, pruner, spec.stack, shape, new_tokens, spec.seed
                 ),
                 depends,
+                alike=len(set(kinds or [""])) == 1,
             )  # fmt: skip
         return self._predictors[key]
 
@@ -382,7 +386,7 @@ def run(
             _warm_up(bench, spec, pruner, task, todo[0])
             record = folder.record
             record.static_bytes = meter.static_bytes
-            record.static_parts = _static_parts(model)
+            record.static_parts = _static_parts(model, meter)
             record.environment |= {"dtype": spec.dtype, "attention": _attention(model, spec), **meter.environment()}
             record.notes = meter.notes()
             folder.save()
@@ -460,11 +464,13 @@ def _warm_up(bench: Bench, spec: RunSpec, pruner: Pruner, task: Task, sample: Sa
         release(spec.device)
 
 
-def _static_parts(model: nn.Module) -> dict[str, int]:
-    """Bytes of the weights, by what they are for."""
+def _static_parts(model: nn.Module, meter: Meter) -> dict[str, int]:
+    """Bytes of the weights, by what they are for, and of the workspaces a predicting meter knows of."""
     where, parts = anatomy(model), dict.fromkeys(("vision", "language", "embeddings", "head"), 0)
     for name, tensor in weights_of(model):
         parts[where.weight_group(name)] += tensor.untyped_storage().nbytes()
+    if isinstance(meter, SimMeter) and meter.workspace_bytes:
+        parts["workspaces"] = meter.workspace_bytes
     return parts
 
 

@@ -27,8 +27,9 @@ ALLOWED = {
     "pruning": GROUND | {"anatomy"},
     "meters": GROUND | {"simulator", "anatomy"},
     "profiler": GROUND | {"anatomy", "meters", "simulator"},
+    "predict": GROUND | {"anatomy", "families", "meters", "pruning", "simulator"},
     "runner": GROUND
-    | {"anatomy", "families", "meters", "profiler", "pruning", "simulator", "stacks", "store", "tasks"},
+    | {"anatomy", "families", "meters", "predict", "profiler", "pruning", "simulator", "stacks", "store", "tasks"},
     "figures": GROUND | {"store"},
     "reports": GROUND | {"store", "figures"},
     "analysis": GROUND | {

@@ -16,13 +16,13 @@ from torch import nn
 
 from memprof.analysis.holders import is_map
 from memprof.errors import DataError, GateFailed, UsageError
-from memprof.families import Card, find_model
+from memprof.families import Card
 from memprof.meters import Meter, meter_for
 from memprof.profiler import Profiler, cache_tensors, storage_bytes
 from memprof.pruning import Pruner, build_pruner, visual_tokens_per_layer
 from memprof.pruning.surgery import Surgery
 from memprof.records import Holder, Run, RunSpec, SampleRecord
-from memprof.runner import Bench, Prompt, complete_spec, make_prompt, place
+from memprof.runner import Bench, Prompt, complete_spec, make_prompt, model_of, place
 from memprof.simulator.trace import Trace
 from memprof.stacks import Stack
 
@@ -215,7 +215,7 @@ def audit_run(run: Run) -> Report:
         raise DataError(f"{run.path or 'the run'} has no finished sample to audit")
     spec = run.record.spec
     pruner = build_pruner(spec.method, spec.stack)
-    _, card = find_model(spec.model)
+    _, card = model_of(spec)
     cases = [_recorded(sample, pruner, card, spec) for sample in run.finished]
     return _report(f"{spec.method} on {card.title} ({run.record.status})", cases)
 
@@ -292,9 +292,9 @@ def audit_method(model_name: str, method: str, device: str = "sim", stack: str =
         device: ``sim``, ``cpu`` or ``cuda``; ``cpu`` and ``cuda`` build the model with random weights.
         stack: ``current`` or ``paper``.
     """
-    _, card = find_model(model_name)
-    asked = RunSpec(model_name, method, "ai2d", device, stack, dtype=card.dtype, max_new_tokens=2)
-    spec, pruner, _ = complete_spec(asked)
+    asked = RunSpec(model_name, method, "ai2d", device, stack, max_new_tokens=2)
+    _, card = model_of(asked)
+    spec, pruner, _ = complete_spec(dataclasses.replace(asked, dtype=card.dtype))
     bench = Bench(spec)
     model, meter = bench.ready(spec)
     shape = bench.family.shape(bench.card, 896, 448, 30, None)

@@ -12,11 +12,12 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from memprof.analysis.holders import leading_part, words_for
-from memprof.analysis.whatif import COUNTERFACTUALS, Change, Predictor, all_exact, floor
+from memprof.analysis.whatif import COUNTERFACTUALS, Benches, Change, all_exact, floor
 from memprof.errors import DataError, MemprofError, UnknownName
-from memprof.families import PromptShape, find_model
+from memprof.families import PromptShape
 from memprof.pruning import build_pruner, method_name
 from memprof.records import PARTS, Holder, Run, SampleRecord
+from memprof.runner import model_of
 
 #: Called before each prediction with what is about to be predicted.
 Progress = Callable[[str], None]
@@ -106,7 +107,7 @@ def explain(
     sample: str | None = None,
     *,
     what_if: bool = True,
-    predictor: Predictor | None = None,
+    benches: Benches | None = None,
     progress: Progress | None = None,
 ) -> Explanation:
     """Explain the highest instant of ``run``, or of one of its samples.
@@ -115,7 +116,7 @@ def explain(
         run: As :func:`memprof.store.read_run` gives it.
         sample: A sample's id; None for the one with the highest peak.
         what_if: Also predict what would lower the peak.
-        predictor: One to share between runs; made if None.
+        benches: One to share between runs; made if None.
         progress: Told of each prediction before it is made.
 
     Raises:
@@ -129,7 +130,7 @@ def explain(
     token = chosen.peak_token
     used = columns.device_used_bytes[token] if token < len(columns.device_used_bytes) else None
     found = Explanation(
-        model=find_model(spec.model)[1].title,
+        model=model_of(spec)[1].title,
         method=pruner.title,
         spec=spec.to_json(),
         status=run.record.status,
@@ -154,7 +155,7 @@ def explain(
     if not what_if:
         return found
     now = Change(dataclasses.replace(spec, method=method_name(pruner)), pruner, prompt_shape(run, chosen))
-    return _answer(found, now, predictor or Predictor(), progress or (lambda _: None))
+    return _answer(found, now, benches or Benches(), progress or (lambda _: None))
 
 
 def prompt_shape(run: Run, sample: SampleRecord) -> PromptShape:
@@ -163,7 +164,7 @@ def prompt_shape(run: Run, sample: SampleRecord) -> PromptShape:
     Raises:
         DataError: The record's visual tokens are not those of one image of its size.
     """
-    family, card = find_model(run.record.spec.model)
+    family, card = model_of(run.record.spec)
     shape = family.shape(card, sample.width, sample.height, 0, run.record.spec.max_tiles)
     if (shape.tiles, shape.visual_tokens) != (sample.tiles, sample.visual_tokens):
         raise DataError(
@@ -209,21 +210,21 @@ def _sample(run: Run, name: str | None) -> SampleRecord:
     return chosen
 
 
-def _answer(found: Explanation, now: Change, predictor: Predictor, progress: Progress) -> Explanation:
+def _answer(found: Explanation, now: Change, benches: Benches, progress: Progress) -> Explanation:
     """``found`` with every counterfactual carried out."""
     progress("the run as it is")
-    base = predictor.memory(now)["dynamic_peak_bytes"]
+    base = benches.memory(now)["dynamic_peak_bytes"]
     changes = [change for counterfactual in COUNTERFACTUALS for change in counterfactual(now)]
     together, least = all_exact(now), floor(now)
     if together is not None:
         changes.append(together)
     # One kind of attention after the other, so that a model is built once for each.
-    answers = [_carry_out(change, base, predictor, progress) for change in sorted(changes, key=_attention_of)]
+    answers = [_carry_out(change, base, benches, progress) for change in sorted(changes, key=_attention_of)]
     return dataclasses.replace(
         found,
         predicted_peak_bytes=base,
         answers=sorted(answers, key=lambda answer: (answer.refused is not None, -answer.saved_bytes)),
-        floor=None if least is None else _carry_out(least, base, predictor, progress),
+        floor=None if least is None else _carry_out(least, base, benches, progress),
         notes=_notes(found, base),
     )
 
@@ -232,10 +233,10 @@ def _attention_of(change: Change) -> str:
     return change.spec.attention
 
 
-def _carry_out(change: Change, base: int, predictor: Predictor, progress: Progress) -> Answer:
+def _carry_out(change: Change, base: int, benches: Benches, progress: Progress) -> Answer:
     progress(change.name)
     try:
-        memory = predictor.memory(change)
+        memory = benches.memory(change)
     except (MemprofError, RuntimeError, ValueError, TypeError, AttributeError) as error:
         return Answer(change.name, change.how, change.exact, refused=str(error).partition("\n")[0])
     part = leading_part(memory["peak_parts"])

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -139,9 +139,9 @@ def fit(
         least = desk.need(spec.method, 1)
         if least.device_bytes > room:
             raise DoesNotFit(
-                f"not even one tile fits {format_bytes(gpu_bytes)}: it needs {format_bytes(least.device_bytes)} "
-                f"({format_bytes(context_bytes, 'MiB', 0)} of CUDA context among it), most of what lies above the weights "
-                f"held by {least.held_by}; {'; '.join(give)}"
+                f"not even one tile fits {format_bytes(gpu_bytes)}: it needs {format_bytes(least.device_bytes)}, "
+                f"{format_bytes(context_bytes, 'MiB', 0)} of CUDA context among it; most of what lies above the "
+                f"weights is held by {least.held_by}. What would help: {'; '.join(give)}"
             )
     return Fit(
         spec.model, spec.method, spec.stack, spec.dtype, gpu_bytes, context_bytes, desk.static_bytes, asked, fits,
@@ -190,23 +190,14 @@ class _Desk:
         )  # fmt: skip
 
 
-def _largest(fits: Callable[[int], bool], low: int, high: int) -> int | None:
-    """The largest whole number that fits, by halving; None where ``low`` does not."""
-    if not fits(low):
-        return None
-    if fits(high):
-        return high
-    while high - low > 1:
-        middle = (low + high) // 2
-        low, high = (middle, high) if fits(middle) else (low, middle)
-    return low
-
-
 def _tiles(desk: _Desk, room: int, tiles: int, images: int) -> tuple[Limit, ...]:
     """Tiles of one image, and images of so many tiles: the same bytes, as all tiles run as one batch."""
     method, most = desk.spec.method, desk.most_tiles()
-    desk.foresee(method, list(range(1, most + 1)))
-    total = _largest(lambda n: desk.need(method, n).device_bytes <= room, 1, most)
+    desk.foresee(method, sorted({*(2**n for n in range(most.bit_length())), most}))
+    seen: list[tuple[float, float]] = []
+    while (value := next_value(seen, 1, most, step=1)) is not None:
+        seen.append((value, desk.need(method, int(value)).device_bytes - room))
+    total = max((int(value) for value, over in seen if over <= 0), default=None)
     bound = f"the model's {desk.positions:,} positions" if total == most < MOST_TILES else ""
     found = []
     if desk.bench.card.max_tiles > 1:

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from memprof.analysis.holders import leading_part, words_for
-from memprof.analysis.whatif import Change, Predictor
+from memprof.analysis.whatif import Benches, Change
 from memprof.families import Card, PromptShape, find_model
 from memprof.pruning import build_pruner, visual_flops_cut, visual_tokens_per_layer
 from memprof.records import Run, RunSpec
@@ -214,7 +214,7 @@ def change_of(setting: Setting, method: str, task: str, stack: str = "paper") ->
 
 
 def predict(
-    setting: Setting, predictor: Predictor, stack: str = "paper", progress: Progress | None = None
+    setting: Setting, benches: Benches, stack: str = "paper", progress: Progress | None = None
 ) -> dict[str, dict[str, dict[str, Any]]]:
     """Run the predictor for all six figures: by method and task, what it says."""
     found: dict[str, dict[str, dict[str, Any]]] = {method: {} for method in METHODS}
@@ -222,7 +222,7 @@ def predict(
         change = change_of(setting, method, task, stack)
         if progress is not None:
             progress(f"{change.name}, {setting.tiles} tiles, stack {stack}")
-        found[method][task] = predictor.memory(change)
+        found[method][task] = benches.memory(change)
     return found
 
 
@@ -244,16 +244,16 @@ def reproduce(candidates: int = 4, progress: Progress | None = None) -> tuple[Se
         ``words``, and whether all is ``met``.
     """
     _, card = find_model(MODEL)
-    predictor = Predictor()
+    benches = Benches()
     every = search(card)
     tried = []
     for closed, setting in distinct(every, candidates):
-        memory = predict(setting, predictor, progress=progress)
+        memory = predict(setting, benches, progress=progress)
         dynamic = dynamic_of(memory, setting.unit)
         tried.append((misfit(dynamic), closed, setting, memory, dynamic))
     tried.sort(key=lambda item: item[0])
     off, _, setting, memory, dynamic = tried[0]
-    today = predict(setting, predictor, "current", progress)
+    today = predict(setting, benches, "current", progress)
     return setting, {
         "model": MODEL,
         "status": "predicted",

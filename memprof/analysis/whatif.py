@@ -19,10 +19,10 @@ from torch import nn
 from memprof import scopes
 from memprof.anatomy import anatomy
 from memprof.errors import UsageError
-from memprof.families import PromptShape, find_model
+from memprof.families import PromptShape
 from memprof.pruning import Pruner, build_pruner, kept_share, method_spec
 from memprof.records import RunSpec
-from memprof.runner import Bench, make_prompt, profile_prompt
+from memprof.runner import Bench, make_prompt, model_of, profile_prompt
 
 #: Enters something on a model for the time of one ``generate()``.
 Around = Callable[[nn.Module], Any]
@@ -53,7 +53,7 @@ class Change:
     @property
     def takes_a_share(self) -> bool:
         """Whether more or less can be kept: the method has a share, or prunes nothing yet."""
-        layers = int(find_model(self.spec.model)[1].text["num_hidden_layers"])
+        layers = int(model_of(self.spec)[1].text["num_hidden_layers"])
         return self.shape.visual_tokens > 1 and (
             kept_share(self.pruner) is not None or not self.pruner.stages(self.shape.visual_tokens, layers)
         )
@@ -236,14 +236,14 @@ def _to_int8(wide: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 # -- running them ------------------------------------------------------------------------------------------------------
 
 
-class Predictor:
-    """Predicts prompts under changes. Models without weights are kept: one for each kind of attention."""
+class Benches:
+    """Predicts prompts under changes. Models without storage are kept, one for each kind of attention."""
 
     #: Tokens made first; more are made only if they could reach the peak.
     FEW = 2
 
     def __init__(self) -> None:
-        self._benches: dict[tuple[str, str, str], Bench] = {}
+        self._benches: dict[tuple[str, ...], Bench] = {}
 
     def memory(self, change: Change, *, every_token: bool = False) -> dict[str, Any]:
         """What :func:`memprof.runner.profile_prompt` says of ``change``, on the simulated device.
@@ -252,14 +252,17 @@ class Predictor:
             change: What to run.
             every_token: Make all of its tokens, also where they cannot reach the peak.
         """
-        spec = dataclasses.replace(change.spec, device="sim", weights="random", warmup=0)
+        weights = "random" if change.spec.weights == "hub" else change.spec.weights  # a path says other sizes
+        spec = dataclasses.replace(change.spec, device="sim", weights=weights, warmup=0)
         few = spec.max_new_tokens if every_token else min(self.FEW, spec.max_new_tokens)
         memory = self._run(dataclasses.replace(spec, max_new_tokens=few), change)
         return self._run(spec, change) if _may_rise(memory, spec.max_new_tokens) else memory
 
     def _run(self, spec: RunSpec, change: Change) -> dict[str, Any]:
-        key = (spec.model, spec.dtype, spec.attention)
-        bench = self._benches.setdefault(key, Bench(spec))
+        key = (spec.model, spec.dtype, spec.weights, spec.attention)
+        if key not in self._benches:
+            self._benches[key] = Bench(spec)
+        bench = self._benches[key]
         if not change.around:
             return bench.outcome(spec, change.pruner, change.shape, spec.seed).memory
         model, meter = bench.ready(spec)

@@ -24,6 +24,9 @@ MaxTiles = Annotated[
     int | None, typer.Option("--max-tiles", help="Most tiles an image is cut into; default: the model's.")
 ]
 Data = Annotated[str, typer.Option("--data", help="bundled, hub, or a file: .csv of shapes, .tsv, .parquet, a folder.")]
+Gpu = Annotated[
+    str | None, typer.Option("--gpu", help="Card to predict for: h100, a100, l4, ..., or its memory, as 8GiB.")
+]
 Weights = Annotated[str, typer.Option("--weights", help="random, hub, or the path of a checkpoint.")]
 Dtype = Annotated[str | None, typer.Option("--dtype", help="bfloat16, float16 or float32; default: as published.")]
 Seed = Annotated[int, typer.Option("--seed", help="Of random weights, prompts and draws.")]

@@ -41,12 +41,12 @@ def explain(
     from rich.console import Console
 
     from memprof.analysis.explain import explain as explain_run
-    from memprof.analysis.whatif import Predictor
+    from memprof.analysis.whatif import Benches
     from memprof.store import find_runs
     from memprof.units import check_unit
 
     check_unit(unit)
-    predictor, found = Predictor(), []
+    benches, found = Benches(), []
     errors = Console(stderr=True)
     with errors.status("reading the run") as status:
         if quiet or json or not errors.is_terminal:
@@ -54,7 +54,7 @@ def explain(
         for one in find_runs([run]):
             found.append(
                 explain_run(
-                    one, sample, what_if=what_if, predictor=predictor,
+                    one, sample, what_if=what_if, benches=benches,
                     progress=lambda name: status.update(f"predicting: {name}"),
                 )
             )  # fmt: skip

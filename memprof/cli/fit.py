@@ -35,8 +35,8 @@ def fit(
 ) -> None:
     """Say how many tiles, images and new tokens fit on a card, or which share of the visual tokens; all predicted.
 
-    What fits is what the caching allocator reserves (fragmentation included) and the CUDA context. Each thing is stretched
-    alone, with the others as asked.
+    Counted are what the caching allocator reserves (fragmentation included) and the CUDA context. Each thing is
+    stretched alone, with the others as asked.
 
     Examples:
     memprof fit --gpu 8GiB --model internvl2-2b

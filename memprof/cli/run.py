@@ -16,6 +16,15 @@ if TYPE_CHECKING:
     from memprof.runner import Progress
 
 
+def _use_preset(context: typer.Context, preset: Path | None) -> Path | None:
+    """Take what the file says as defaults, so that options beside it still count."""
+    if preset is not None:
+        from memprof.tuning.preset import read_preset
+
+        context.default_map = {**(context.default_map or {}), **read_preset(preset)}
+    return preset
+
+
 def run(
     model: opt.Model = "internvl2-2b",
     method: opt.Methods = ["baseline"],  # noqa: B006 - typer copies it
@@ -29,6 +38,7 @@ def run(
     data: opt.Data = "bundled",
     weights: opt.Weights = "random",
     dtype: opt.Dtype = None,
+    gpu: opt.Gpu = None,
     attention: Annotated[
         str, typer.Option("--attention", help="Attention of the language model: sdpa or eager.")
     ] = "sdpa",
@@ -36,6 +46,10 @@ def run(
         str | None, typer.Option("--shard", help="i/n: every n-th sample; default: torchrun's or SLURM's.")
     ] = None,
     seed: opt.Seed = 0,
+    preset: Annotated[
+        Path | None,
+        typer.Option("--preset", callback=_use_preset, is_eager=True, help="Options in a file, as tune writes them."),
+    ] = None,
     output: opt.Folder = None,
     resume: Annotated[bool, typer.Option("--resume", help="Finish the run that is in the folder.")] = False,
     force: Annotated[bool, typer.Option("--force", help="Replace the run that is in the folder.")] = False,
@@ -52,17 +66,25 @@ def run(
     memprof run --method baseline --method fastv --method topv:keep=0.25 --stack paper -o runs/paper
 
     memprof run --model llava-1.5-7b --data my_shapes.csv --json
+
+    memprof run --preset runs/tuned/preset.json --device sim
     """
+    del preset  # its callback has made it the defaults of the others
     from memprof.environment import rank_shard
-    from memprof.errors import DataError, OutOfMemory
+    from memprof.errors import DataError, DoesNotFit, OutOfMemory, UsageError
     from memprof.families import find_model
     from memprof.records import RunSpec
     from memprof.runner import Bench, complete_spec
     from memprof.runner import run as make_run
+    from memprof.simulator.cards import find_card
     from memprof.tasks import TASKS
     from memprof.units import check_unit
 
     check_unit(unit)
+    if gpu is not None:
+        if opt.resolve_device(device) != "sim":
+            raise UsageError(f"--gpu {gpu} names a card to predict for; it goes with --device sim")
+        find_card(gpu)
     card = find_model(model)[1]
     shard = shard or rank_shard()
     asked = [
@@ -70,7 +92,7 @@ def run(
             model=card.name, method=one, task=task, device=opt.resolve_device(device), stack=stack,
             dtype=dtype or card.dtype, attention=attention, weights=weights, data=data,
             max_new_tokens=TASKS.load(task).max_new_tokens if max_new_tokens is None else max_new_tokens,
-            max_tiles=max_tiles, limit=limit, shard=shard, warmup=warmup, seed=seed,
+            max_tiles=max_tiles, limit=limit, shard=shard, warmup=warmup, seed=seed, gpu=gpu,
         )
         for one in method
     ]  # fmt: skip
@@ -83,8 +105,11 @@ def run(
             runs.append(make_run(spec, path, bench=bench, resume=resume, force=force, progress=progress))
     _print(runs, unit, as_json=json)
     failed = [s for one in runs for s in one.samples if not s.ok]
-    if any(s.status == "oom" for s in failed):
-        raise OutOfMemory(f"{sum(s.status == 'oom' for s in failed)} samples ran out of memory; their lines say where")
+    refused = sum(s.status == "oom" for s in failed)
+    if refused and runs[0].record.status == "predicted":
+        raise DoesNotFit(f"{refused} samples are predicted not to fit on {gpu}; their lines say where")
+    if refused:
+        raise OutOfMemory(f"{refused} samples ran out of memory; their lines say where")
     if failed and not any(one.finished for one in runs):
         raise DataError(f"no sample finished; the first failed with: {failed[0].error}")
 

@@ -82,6 +82,8 @@ def _show(found: Validation, unit: str) -> None:
     titles = ["sample", "tiles", f"measured {unit}", f"predicted {unit}", "error", "predicted minus measured"]
     console.print(_table("Worst dynamic peaks", titles, rows))
     for history in found.histories:
+        measured, predicted = _pair(history.peak_measured, history.peak_predicted, unit)
+        console.print(f"{history.file}: peak {measured} measured, {predicted} predicted {unit}", markup=False)
         rows = [
             [
                 f"{size.bytes:,}", f"{size.held_measured:,} / {size.held_predicted:,}",
@@ -89,9 +91,8 @@ def _show(found: Validation, unit: str) -> None:
             ]
             for size in history.sizes
         ]  # fmt: skip
-        peaks = " measured, ".join(_pair(history.peak_measured, history.peak_predicted, unit))
-        title = f"{history.file}: peak {peaks} predicted ({unit}); blocks that differ, measured / predicted"
-        console.print(_table(title, ["block bytes", "held at the peak", "made", "by"], rows))
+        titles = ["block bytes", "held at the peak", "made", "by"]
+        console.print(_table("Blocks that differ, measured / predicted", titles, rows) if rows else "no block differs")
 
 
 def _row(case: Case, unit: str) -> list[str]:
@@ -165,7 +166,7 @@ def _draw(found: Validation, path: Path, unit: str) -> None:
             name = f"{palette.model_label(model)}, {stack} stack"
             kind = method.partition(":")[0] + (" map" if "scores=map" in method else "")
             panels.setdefault(name, []).append((kind, point.tiles, 100 * point.error))
-    methods = list(dict.fromkeys(method for dots in panels.values() for method, _, _ in dots))
+    methods = sorted({method for dots in panels.values() for method, _, _ in dots})
 
     def wears(method: str) -> tuple[str, str, str]:
         """Label, colour and marker."""
@@ -179,7 +180,7 @@ def _draw(found: Validation, path: Path, unit: str) -> None:
     data = {"provenance": provenance(found.measured) | {"status": "predicted against measured"}}
     with look.settings():
         key = [KeyItem(*wears(method)) for method in methods]
-        sheet = Sheet(look, data, "Error of the predicted dynamic peak", body=110, right=6, key=key)
+        sheet = Sheet(look, data, "Error of the predicted dynamic peak", body=124, right=6, key=key)
         gap = look.pt(12)
         wide = (sheet.x1 - sheet.x0 - gap * (len(panels) - 1)) / len(panels)
         reach = 1.1 * max([abs(e) for dots in panels.values() for _, _, e in dots] + [100 * goal.worst])
@@ -194,10 +195,12 @@ def _draw(found: Validation, path: Path, unit: str) -> None:
                 if own:
                     axes.plot(*zip(*own, strict=True), mark, color=colour, markersize=look.pt(3))
             axes.set_ylim(-reach, reach)
-            axes.margins(x=0.08)
-            axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
+            tiles = [count for _, count, _ in dots]
+            axes.set_xlim(min(tiles) - 0.8, max(tiles) + 0.8)
+            axes.xaxis.set_major_locator(MaxNLocator(6, integer=True, min_n_ticks=1))
+            axes.yaxis.set_major_locator(MaxNLocator(6, steps=[1, 2, 5, 10]))
             axes.set_xlabel("tiles")
-            axes.set_title(name, fontsize=look.base)
+            axes.set_title(name, fontsize=look.base, pad=look.pt(3))
             if number:
                 axes.tick_params(labelleft=False)
             else:

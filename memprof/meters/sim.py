@@ -8,9 +8,18 @@ from typing import Any, ClassVar
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensor
 
+from memprof.errors import DoesNotFit, OutOfMemory
 from memprof.meters._traced import TracedMeter
 from memprof.records import Status
 from memprof.simulator.allocator import AllocatorSettings, CachingAllocator
+from memprof.simulator.cards import (
+    ANY,
+    Card,
+    calibrated,
+    cublas_workspace_bytes,
+    cublaslt_workspace_bytes,
+    find_card,
+)
 from memprof.simulator.kernels import Kernels
 from memprof.simulator.replay import Reading, read_cuda
 from memprof.simulator.trace import Trace
@@ -29,14 +38,32 @@ class SimMeter(TracedMeter):
     status: ClassVar[Status] = "predicted"
     about = "the same generate() over weights without storage; predicts a CUDA run anywhere"
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, card: Card = ANY) -> None:
         super().__init__(model)
-        #: The allocator once the weights are loaded, one after another.
-        self.loaded = CachingAllocator(allocator_settings())
+        self.card = card
+        #: The allocator once the weights are loaded, one after another, and the first matrix products are done.
+        self.loaded = CachingAllocator(allocator_settings(), card.memory_bytes)
         for weight in self.weights:
-            self.loaded.malloc(weight.untyped_storage().nbytes())
+            self._load("the weights", weight.untyped_storage().nbytes())
+        before = self.loaded.allocated
+        self._load("cuBLAS' workspace", cublas_workspace_bytes(card))
+        if any(isinstance(module, nn.Linear) and module.bias is not None for module in model.modules()):
+            self._load("cuBLASLt's workspace", cublaslt_workspace_bytes(card))
+        self.workspace_bytes = self.loaded.allocated - before
         self._scores = RealScores(model.get_output_embeddings().weight.shape[0])  # type: ignore[operator]
         self.weights.append(self._scores.scores)
+
+    def _load(self, what: str, n_bytes: int) -> None:
+        """Allocate what lasts; raises DoesNotFit where the card is too small for it."""
+        try:
+            self.loaded.malloc(n_bytes)
+        except OutOfMemory as error:
+            raise DoesNotFit(f"{what} do not fit on {self.card.name}: {error}") from None
+
+    @classmethod
+    def on(cls, model: nn.Module, gpu: str | None) -> SimMeter:
+        """The meter of ``model`` on the card ``gpu`` names, or the memory it gives."""
+        return cls(model, calibrated(find_card(gpu)))
 
     @classmethod
     def serves(cls, model: nn.Module) -> bool:
@@ -48,9 +75,31 @@ class SimMeter(TracedMeter):
         """Bytes of the blocks the weights are in."""
         return self.loaded.allocated
 
+    def environment(self) -> dict[str, Any]:
+        """The card that is predicted for, and where its numbers come from."""
+        if self.card is ANY:
+            return {}
+        return {
+            "gpu": self.card.name,
+            "gpu_memory_bytes": self.card.memory_bytes,
+            "compute_capability": ".".join(map(str, self.card.capability)),
+            "gpu_source": self.card.source,
+        }
+
     def kernels(self) -> Kernels:
         """What CUDA kernels take beyond their results."""
-        return Kernels()
+        return Kernels(self.card)
+
+    def open(self) -> None:
+        """Enter a fresh ledger, and choose kernels as the card would."""
+        super().open()
+        self._dispatch = self.kernels().dispatch()
+        self._dispatch.__enter__()  # type: ignore[no-untyped-call]
+
+    def close(self) -> Reading:
+        """Leave both, and read the trace."""
+        self._dispatch.__exit__(None, None, None)  # type: ignore[no-untyped-call]
+        return super().close()
 
     def logits_processors(self) -> list[Any]:
         """Real scores for ``generate()`` to choose from."""

@@ -490,8 +490,9 @@ class CachingAllocator:
             peak_events.append(-1 if number < 0 else events.index(number, start, stop))
             if refused_event is not None:
                 break
-        left = {number: self._address[block] for number, block in enumerate(live) if block}
-        self._at.update((self._address[block], block) for block in live if block)
+        held = [number for number, block in enumerate(live) if block]
+        left = {number: self._address[live[number]] for number in held}
+        self._at.update((left[number], live[number]) for number in held)
         return Replay(
             tuple(peaks), tuple(ends), tuple(reserved_peaks), tuple(reserved_ends), tuple(peak_events), wants, left,
             self.refused, refused_event,

@@ -18,8 +18,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from memprof import scopes
-from memprof.simulator.kernels import Kernels
-from memprof.simulator.trace import Trace
+from memprof.simulator.kernels import Kernels, Temporary
+from memprof.simulator.trace import Trace, bytes_of
 
 #: Results that share their input's storage although the schema does not say so.
 _SILENT_VIEWS = {torch.ops.aten._unsafe_view.default, torch.ops.aten._reshape_alias.default}
@@ -101,12 +101,20 @@ class Ledger(TorchDispatchMode):  # type: ignore[no-untyped-call]
         kwargs = kwargs or {}
         if not self._makes_storage(func):
             return func(*args, **kwargs)
-        if self.kernels is None:
-            out = func(*args, **kwargs)
-        else:
-            part, module = scopes.current()
-            out = self.kernels.run(func, args, kwargs, self.trace, part, module)
+        out = func(*args, **kwargs)
         for leaf in (out,) if isinstance(out, torch.Tensor) else tree_leaves(out):
             if isinstance(leaf, torch.Tensor) and leaf.device.type == self.device:
                 self.adopt(leaf, str(func))
+        if self.kernels is not None:
+            self._run_through(list(self.kernels.temporaries(func, args, out)))
         return out
+
+    def _run_through(self, temporaries: list[Temporary]) -> None:
+        """Enter what an operator takes while it makes its results: born together, and gone when it is done."""
+        part, module = scopes.current()
+        slots = [
+            self.trace.birth(bytes_of(each.op, each.shape, each.dtype), part, (module, each.op), each.shape, each.dtype)
+            for each in temporaries
+        ]
+        for slot in slots:
+            self.trace.death(slot)

@@ -27,13 +27,14 @@ from dataclasses import dataclass, field
 from fractions import Fraction
 from functools import cached_property
 from math import lcm
-from typing import Any, NamedTuple, Self, overload
+from typing import Any, NamedTuple, Self, cast, overload
 
 import numpy as np
 import numpy.typing as npt
 
+from memprof.simulator.cards import RULES
 from memprof.simulator.replay import Timeline
-from memprof.simulator.trace import Trace
+from memprof.simulator.trace import ITEM_BYTES, Trace, bytes_of
 
 Ints = npt.NDArray[np.int64]
 
@@ -42,7 +43,7 @@ HEAD_TOKENS = 2
 #: Fewest tokens of a recording whose steps are folded: the head, two steps to compare, and the last one.
 FOLDED_TOKENS = HEAD_TOKENS + 3
 #: Most entries of a shape.
-_AXES = 6
+_AXES = 8
 
 
 class Irregular(Exception):
@@ -50,7 +51,7 @@ class Irregular(Exception):
 
 
 class Ref(NamedTuple):
-    """A tensor as one segment names it: number ``index`` of the births in the segment of that token and layer.
+    """A tensor as one segment names it: number ``birth`` of the births in the segment of that token and layer.
 
     ``token_by`` and ``layer_by`` say how the numbers count: from the start (``=``), from the segment itself (``+``), or
     from the end (``-``, layers only).
@@ -60,7 +61,7 @@ class Ref(NamedTuple):
     token: int
     layer_by: str
     layer: int
-    index: int
+    birth: int
 
 
 @dataclass
@@ -121,7 +122,7 @@ class Passage:
 
 
 class Slot(NamedTuple):
-    """What a tensor of the program is, whatever its size. ``plain``: its bytes are its shape's times its dtype's."""
+    """What a tensor of the program is, whatever its size. ``plain``: its bytes follow from its shape."""
 
     part: str
     module: str
@@ -218,9 +219,7 @@ def fold(recording: Recording, *, fold_layers: bool) -> Folded:
             for layer in range(depth + 2):
                 flat.same((token - 1, layer), (token, layer), growth=True)
     places = {
-        (t, layer): (token, source)
-        for t, token in enumerate(kept_tokens)
-        for layer, source in enumerate(kept_layers)
+        (t, layer): (token, source) for t, token in enumerate(kept_tokens) for layer, source in enumerate(kept_layers)
     }
     structure = Structure(
         tokens=len(kept_tokens), folded_tokens=fold_tokens, folded_layers=fold_layers,
@@ -314,7 +313,7 @@ class _Flat:
             elif home_layer >= depth - 1:
                 layer_by, layer_number = "-", depth + 1 - home_layer
             elif home_layer > head:
-                raise Irregular(f"{self.trace.sites[slot]} of layer {home_layer}, token {home_token}, is freed in {place}")
+                raise Irregular(f"a tensor of layer {home_layer} is freed in segment {place}")
         return Ref(token_by, token_number, layer_by, layer_number, index)
 
     def dims(self, slot: int) -> Ints:
@@ -328,7 +327,7 @@ class _Flat:
     def slot(self, slot: int) -> Slot:
         """What a tensor is, whatever its size."""
         t = self.trace
-        plain = bytes_of(t.dtypes[slot], t.shapes[slot]) == t.nbytes[slot]
+        plain = bytes_of(t.sites[slot][1], t.shapes[slot], t.dtypes[slot]) == t.nbytes[slot]
         return Slot(t.parts[slot], *t.sites[slot], t.dtypes[slot], len(t.shapes[slot]), plain)
 
     def same(self, one: Place, other: Place, *, growth: bool) -> None:
@@ -353,22 +352,10 @@ class _Flat:
         return found._replace(module=_rename(found.module, self.recording.prefix, place[1] - 1, 0))
 
 
-#: Bytes of one entry of each dtype.
-_ITEM = {
-    "float64": 8, "int64": 8, "complex64": 8, "float32": 4, "int32": 4, "float16": 2, "bfloat16": 2, "int16": 2,
-    "int8": 1, "uint8": 1, "bool": 1, "float8_e4m3fn": 1, "float8_e5m2": 1,
-}  # fmt: skip
-
-
-def bytes_of(dtype: str, shape: Sequence[int]) -> int:
-    """Bytes of a dense tensor, or -1 for an unknown dtype."""
-    return _ITEM[dtype] * int(np.prod(shape, dtype=np.int64)) if dtype in _ITEM else -1
-
-
 def _rename(module: str, prefix: str, layer: int, to: int) -> str:
     """``model.layers.3.mlp`` -> ``model.layers.17.mlp``, if it is of layer ``layer``."""
     old = f"{prefix}.{layer}"
-    return f"{prefix}.{to}{module[len(old):]}" if module == old or module.startswith(old + ".") else module
+    return f"{prefix}.{to}{module[len(old) :]}" if module == old or module.startswith(old + ".") else module
 
 
 # -- affine combinations -----------------------------------------------------------------------------------------------
@@ -568,7 +555,8 @@ class Unfolded:
         unique, self._place = np.unique(pairs, return_inverse=True)
         self._unique = unique // (tokens + 1), unique % (tokens + 1)
         kinds = [structure.all_slots[row] for row in self._unique[0].tolist()]
-        self._item = np.array([_ITEM.get(kind.dtype, 1) if kind.plain else 0 for kind in kinds], dtype=np.int64)
+        self._item = np.array([ITEM_BYTES.get(kind.dtype, 1) if kind.plain else 0 for kind in kinds], dtype=np.int64)
+        self._ruled = [(i, kind) for i, kind in enumerate(kinds) if kind.plain and kind.op in RULES]
         self._rank = np.array([kind.rank for kind in kinds], dtype=np.int64)
         self._base = np.array([0 if row >= 0 else self._fixed[~row][0] for row in self._rows], dtype=np.int64)
 
@@ -583,20 +571,26 @@ class Unfolded:
         shapes = dims[rows] + times[:, None] * growth[rows]
         plain = self._item * np.prod(shapes, axis=1)
         sizes = np.where(self._item > 0, plain, shapes[np.arange(len(rows)), np.minimum(self._rank, _AXES - 1)])
+        for i, kind in self._ruled:
+            sizes[i] = RULES[kind.op](shapes[i, : kind.rank].tolist())
         nbytes = self._base.copy()
         nbytes[self._own] = sizes[self._place]
         own = np.cumsum(self._own) - 1
         t = self._trace
         return Trace(
-            t.events, nbytes.tolist(), t.parts, t.sites, _Shapes(self, shapes, own), t.dtypes, t.marks, t.phases
+            t.events,
+            nbytes.tolist(),
+            t.parts,
+            t.sites,
+            cast("list[tuple[int, ...]]", _Shapes(self, shapes, own)),
+            t.dtypes,
+            t.marks,
+            t.phases,
         )
 
+    @cached_property
     def caches(self) -> tuple[list[list[int]], list[list[int]]]:
         """Slots of the KV cache: each layer's after the first token, and all of them after each token."""
-        return self._caches
-
-    @cached_property
-    def _caches(self) -> tuple[list[list[int]], list[list[int]]]:
         trace, line = self._trace, self.timeline
         own = np.array([part == "kv_cache" for part in trace.parts])
         marks = [np.nonzero(own & (line.birth < mark) & (line.death >= mark))[0].tolist() for mark in trace.marks]
@@ -649,7 +643,7 @@ class Unfolded:
                     step.layer + layer if step.layer_by == "+"
                     else self._depth + 1 - step.layer if step.layer_by == "-" else step.layer
                 )  # fmt: skip
-                trace.death(numbers[home_token, home_layer][step.index])
+                trace.death(numbers[home_token, home_layer][step.birth])
         for name in phases.get((place, at), ()):
             trace.phase(name)
 

@@ -1,4 +1,4 @@
-"""From a trace to numbers: what was allocated and reserved token by token, when it was highest, and who held it then."""
+"""From a trace to numbers: allocated and reserved bytes token by token, the highest instant, and who held what then."""
 
 from __future__ import annotations
 

@@ -6,7 +6,27 @@ for a death, which makes it one array of integers.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
+from math import prod
+
+from memprof.simulator.cards import RULES
+
+#: Bytes of one entry of each dtype.
+ITEM_BYTES = {
+    "float64": 8, "int64": 8, "uint64": 8, "complex64": 8, "float32": 4, "int32": 4, "float16": 2, "bfloat16": 2,
+    "int16": 2, "int8": 1, "uint8": 1, "bool": 1, "float8_e4m3fn": 1, "float8_e5m2": 1,
+}  # fmt: skip
+
+
+def bytes_of(op: str, shape: Sequence[int], dtype: str) -> int:
+    """Bytes that follow from a shape: by the rule of ``op`` where it has one, else of a dense tensor.
+
+    -1 for a dtype that is not known.
+    """
+    if op in RULES:
+        return RULES[op](shape)
+    return ITEM_BYTES[dtype] * prod(shape) if dtype in ITEM_BYTES else -1
 
 
 @dataclass

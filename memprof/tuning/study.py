@@ -18,6 +18,7 @@ import warnings
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from importlib.util import find_spec
 from typing import Any, cast
 
 import optuna
@@ -54,11 +55,16 @@ def open_storage(url: str) -> Any:
             raise MemprofError(f"cannot open {path}: {error.strerror or error}") from None
     if "://" not in url:
         raise UsageError(f"{url!r} is no storage URL; write journal:///path/file or postgresql://user@host/database")
+    kind = url.partition("://")[0]
+    if kind == "postgresql" and find_spec("psycopg") is None and find_spec("psycopg2") is not None:
+        url = url.replace("postgresql://", "postgresql+psycopg2://", 1)  # SQLAlchemy 2.1 looks for psycopg alone
     for again in (True, True, False):
         try:
             return optuna.storages.RDBStorage(url)
-        except ImportError as error:
-            raise MemprofError(f"{url.partition(':')[0]} needs a driver: {str(error).partition(chr(10))[0]}") from None
+        except ImportError:
+            drivers = {"postgresql": "psycopg2-binary", "mysql": "pymysql"}
+            hint = f": pip install {drivers[kind]}" if kind in drivers else ""
+            raise MemprofError(f"a storage at {kind}:// needs SQLAlchemy and a driver{hint}") from None
         except Exception as error:  # the driver's own errors
             if not again:  # workers that start together may all try to make the tables
                 raise MemprofError(f"cannot open the storage: {str(error).strip().partition(chr(10))[0]}") from None

@@ -14,8 +14,8 @@ from memprof.analysis.explain import explain, floor_sentence, prompt_shape, sent
 from memprof.analysis.holders import leading_part, words_for
 from memprof.analysis.whatif import (
     COUNTERFACTUALS,
+    Benches,
     Change,
-    Predictor,
     all_exact,
     chunked_vision,
     floor,
@@ -167,11 +167,11 @@ def test_the_floor_under_pruning_is_named(answered: Any) -> None:
 
 def test_a_measured_runs_answers_are_called_predicted(small: Run) -> None:
     record = dataclasses.replace(small.record, status="measured")
-    found = explain(Run(record, small.samples), predictor=_Same(small))
+    found = explain(Run(record, small.samples), benches=_Same(small))
     assert "predicted" in found.notes[0]
 
 
-class _Same(Predictor):
+class _Same(Benches):
     """Answers at once, always the same."""
 
     def __init__(self, run_: Run) -> None:

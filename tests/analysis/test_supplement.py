@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from memprof.analysis import supplement as s
-from memprof.analysis.whatif import Predictor
+from memprof.analysis.whatif import Benches
 from memprof.families import Card, find_model
 from memprof.pruning import build_pruner
 
@@ -69,7 +69,7 @@ def test_methods_of_a_setting_are_specs() -> None:
 
 @pytest.mark.slow
 def test_the_predictor_gives_the_supplement(card: Card) -> None:
-    memory = s.predict(CHOSEN, Predictor())
+    memory = s.predict(CHOSEN, Benches())
     dynamic = s.dynamic_of(memory, CHOSEN.unit)
     assert all(abs(e) <= 5 for row in s.error_percent(dynamic).values() for e in row.values())
     found = s.savings(dynamic)

@@ -106,7 +106,8 @@ def test_what_is_missing_is_found_and_named(reference: Path) -> None:
     worst = found.cases[0]
     assert (worst.point.run.split()[1], worst.point.tiles) == ("topv:keep=0.5,layer=2", 13)
     assert worst.point.predicted - worst.point.measured == -3_000_000
-    assert worst.point.error == worst.point.predicted / worst.point.measured - 1 < -0.03
+    assert worst.point.error == pytest.approx(worst.point.predicted / worst.point.measured - 1)
+    assert worst.point.error < -0.03
     assert [(gap.name, gap.change) for gap in worst.parts] == [("unexplained", -3_000_000)]
     assert worst.holders == []
 
@@ -125,11 +126,11 @@ def test_a_tensor_at_the_peak_that_differs_is_named(reference: Path) -> None:
         assert holder["bytes"] > 1_000
         holder["bytes"] += 512
 
-    missing_one = missing(512)
-    bend(reference, BASELINE, lambda sample: (missing_one(sample), change(sample)) and None)
+    bend(reference, BASELINE, missing(512))
+    bend(reference, BASELINE, change)
     case = next(case for case in validate(reference).cases if case.point.error)
     assert [gap.change for gap in case.holders] == [-512]
-    assert ".*" in case.holders[0].name or "lm_head" in case.holders[0].name or case.holders[0].name
+    assert case.holders[0].name.split()[-1].startswith(("bfloat", "float"))
 
 
 def test_histories_tell_sizes_apart(reference: Path) -> None:
@@ -229,7 +230,8 @@ def test_the_command(reference: Path, tmp_path: Path, capsys: pytest.CaptureFixt
     assert err.count("\n") == 1
     code, out, _ = call(capsys, str(reference))
     assert code == 3
-    assert "unexplained −0.0028" in out
+    assert "unexplained" in out
+    assert "no block differs" in out
 
 
 @pytest.mark.parametrize(("words", "code"), [(["/nowhere"], 1), (["/nowhere", "-o", "x.txt"], 2)])

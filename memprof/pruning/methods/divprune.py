@@ -19,8 +19,8 @@ class DivPrune(OneCut):
     """Greedy max-min diversity of the projected visual features, by cosine distance.
 
     The first token is the one whose nearest neighbour is farthest; then, again and again, the one whose nearest token
-    among those already kept is farthest (paper, section 3; code, ``DivPrune`` in ``llava_arch.py``). Count
-    ``round(n * keep)``, as in the code, whose own share is 0.098.
+    among those already kept is farthest (paper; code, ``DivPrune`` in ``llava_arch.py``). Count ``round(n * keep)``,
+    as in the code, whose own share is 0.098.
 
     Where it departs: the code holds the matrix of all pairs in the model's dtype and gathers a growing part of it at
     every step; here each step computes one row in float32. The tokens are those of the code in exact arithmetic, and

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 class PyramidDrop(Pruner):
     """Equal parts of the depth; between them, the share ``keep`` stays, ranked by the last instruction token.
 
-    With 32 layers, cuts before layers 8, 16 and 24 leave 50, 25 and 12.5 % (paper, section 3.2; code, ``layer_list``
+    With 32 layers, cuts before layers 8, 16 and 24 leave 50, 25 and 12.5 % (paper; code, ``layer_list``
     and ``image_token_ratio_list``). The rank is attention of the last prompt token, mean over heads, in the layer
     BEHIND the cut: its norm and projections run once more ahead of it (code, ``pdrop_rank_drop``). Counts are
     ``int(n * keep ** cut)``, as in the code.

@@ -20,10 +20,10 @@ if TYPE_CHECKING:
 class TopV(OneCut):
     """Importance from a transport plan between tokens entering a layer and the same after its post-attention norm.
 
-    The paper's words (arXiv:2503.18278, section 3): one prune in prefill, in layer 2 as FastV does; the source is the
-    visual tokens entering that layer, the target the same after its Post-LN (memprof: the post-attention RMSNorm);
-    cost = feature similarity + relative spatial distance + absolute central distance; Sinkhorn; the least important
-    are pruned, and a subset of the pruned is recovered uniformly. No code was published.
+    The paper's words: one prune in prefill, in layer 2 as FastV does; the source is the visual tokens entering that
+    layer, the target the same after its Post-LN (memprof: the post-attention RMSNorm); cost = feature similarity +
+    relative spatial distance + absolute central distance; Sinkhorn; the least important are pruned, and a subset of
+    the pruned is recovered uniformly. memprof knows of no code by the authors.
 
     Left open, and chosen by memprof: norms, marginals, order and relaxation of the transport, how importance is read,
     several tiles. The defaults ranked best on a small model trained to read strings in clutter (keep 0.5: 92.5 % exact

@@ -19,7 +19,7 @@ class VisionZip(OneCut):
     """VisionZip's dominant tokens: top-k of the attention received in the vision tower's second last layer.
 
     Attention comes from the class token where the tower uses one (LLaVA's CLIP), else it is the mean over all queries
-    (paper, section 3.2; code, ``CLIPVisionTower_VisionZip.forward``: attention map -2, row of the class token, summed
+    (paper; code, ``CLIPVisionTower_VisionZip.forward``: attention map -2, row of the class token, summed
     over heads). See :mod:`memprof.pruning.vision` for InternVL.
 
     Where it departs: this is the selection half. The code merges what is left into a few contextual tokens (10 beside
