@@ -28,7 +28,7 @@ app = typer.Typer(
 )
 
 
-# Newer typers carry a click of their own, older ones need the package: this is the base of the errors of whichever it is.
+# Newer typers carry a click of their own, older ones need the package: the base of the errors of whichever it is.
 _CLICK_ERROR: Any = next(c for c in typer.BadParameter.__mro__ if c.__name__ == "ClickException")
 
 

@@ -37,8 +37,8 @@ def test_run_prints_one_json_document_and_writes_what_it_says(
     assert document["schema"] == 1
     keys = {
         "model", "method", "task", "device", "status", "stack", "samples", "failed", "tokens", "static_bytes",
-        "dynamic_peak_bytes", "peak_allocated_bytes", "peak_reserved_bytes", "kv_cache_bytes", "parts", "visual_flops_cut",
-        "path",
+        "dynamic_peak_bytes", "peak_allocated_bytes", "peak_reserved_bytes", "kv_cache_bytes", "parts",
+        "visual_flops_cut", "path",
     }  # fmt: skip
     for one, folder in zip(document["runs"], ("baseline", "topv"), strict=True):
         assert keys <= set(one)

@@ -196,7 +196,7 @@ def shapes(folder: Path, *sizes: tuple[int, int]) -> str:
 
 
 def near(one: Any, slack: int) -> None:
-    """KV exact; dynamic peak and reserved within the goals, or ``slack`` bytes: a tiny model is too small for shares."""
+    """KV exact; dynamic peak and reserved within 3 %, or ``slack`` bytes where a model is too small for shares."""
     there = predict(one, {})
     for point in compare(one, there):
         if point.measure == "kv_cache":
