@@ -92,26 +92,39 @@ def _show(found: dict[str, Any]) -> None:
 
     console = Console()
     for kind, rows in found.items():
-        table = Table(title=kind, title_justify="left", title_style="bold", box=None, pad_edge=False)
+        console.print(f"[bold]{kind}[/bold]")
         if kind == "methods":
-            table.add_column("method", style="bold", no_wrap=True)
-            table.add_column("paper and fields")
             for row in rows:
-                table.add_row(row["name"], _method_text(row))
-        else:
-            columns = {"models": ("name", "layers", "dtype", "hub"), "tasks": ("name", "title", "metric"),
-                       "devices": ("name", "about")}[kind]  # fmt: skip
-            for column in columns:
-                table.add_column(column)
-            for row in rows:
-                table.add_row(*(str(row[c] if row[c] is not None else "-") for c in columns))
+                console.print(_method(row))
+            continue
+        columns = {
+            "models": ("name", "layers", "dtype", "hub"),
+            "tasks": ("name", "title", "metric"),
+            "devices": ("name", "about"),
+        }[kind]
+        table = Table(*columns, box=None, pad_edge=False, header_style="dim")
+        for row in rows:
+            table.add_row(*(str(row[c] if row[c] is not None else "-") for c in columns))
         console.print(table)
         console.print()
 
 
-def _method_text(row: dict[str, Any]) -> str:
-    lines = [row["paper"], *(f"[dim]departs: {row['departs']}[/dim]" for _ in (1,) if row["departs"])]
+def _method(row: dict[str, Any]) -> Any:
+    """A method's name, paper, reference code and departures, then its fields, each on its own lines."""
+    from rich.console import Group
+    from rich.padding import Padding
+    from rich.table import Table
+    from rich.text import Text
+
+    about = Table.grid(padding=(0, 2))
+    about.add_column(style="dim", no_wrap=True)
+    about.add_column()
+    for name in ("paper", "reference", "departs"):
+        if row[name]:
+            about.add_row(name, Text(row[name]))
     for f in row["fields"]:
         choices = f" ({'|'.join(map(str, f['choices']))})" if f["choices"] else ""
-        lines.append(f"  {f['name']}={f['default']}{choices}: {f['help']} [dim]\\[{f['origin']}][/dim]")
-    return "\n".join(lines)
+        line = Text(f"{f['help']}{choices}")
+        line.append(f"  {f['origin']}", style="dim")
+        about.add_row(Text(f"{f['name']}={f['default']}", style="default"), line)
+    return Group(Text(row["name"], style="bold cyan"), Padding(about, (0, 0, 1, 2)))
