@@ -103,7 +103,7 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
         over = it["accuracy_minus_random"]
         cells = (
             f"{it['keep']:g} / {1 - it['keep']:g}",
-            palette.method_label(it["method"]),
+            METHODS.load(it["method"]).title,
             f"{100 * it['visual_flops_cut']:.0f} %",
             spread(it["accuracy"]),
             spread(over) if over and it["method"] != CONTROL else "",
@@ -122,7 +122,7 @@ def paint(data: dict[str, Any], look: Look) -> Any:
     rows, pt = data["rows"], look.pt
     names = sorted({r["method"] for r in rows} - {"baseline"}, key=lambda n: (n != "topv", n))
     marks = dict(zip(names, "osD^vPX*<>", strict=False))
-    key = [KeyItem(palette.method_label(n), palette.method_colour(n), marks[n]) for n in names]
+    key = [KeyItem(METHODS.load(n).title, palette.method_colour(n), marks[n]) for n in names]
     key.append(KeyItem("Baseline", palette.method_colour("baseline"), "line"))
     sheet = Sheet(look, data, data["title"], body=120, left=30, right=6, key=key)
     first = next(iter(TASKS))

@@ -7,7 +7,7 @@ history (``*.history.json.gz``). What is worth most comes first, each sample is 
 same command goes on where it was cut.
 
 Expected on an H100 or H200, in seconds: 20 to import and build the first model; 12 a run of InternVL2-2B (10 runs of 16
-samples and a warm-up, 0.7 each, most of it decoding on the host), 5 a run of LLaVA-1.5-7B (10 runs of 5 samples), 4 a
+samples and a warm-up, 0.7 each, most of it decoding on the host), 7 a run of LLaVA-1.5-7B (10 runs of 8 samples), 4 a
 further build (3), 3 a history (7). All in all about 4 minutes; ``--budget`` ends it in good order.
 
 Needs torch, transformers, numpy, pillow and, for what the driver says of the process, nvidia-ml-py.
@@ -22,12 +22,14 @@ import tempfile
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import torch
+from torch.nn.attention import SDPBackend
 
 from memprof import runner
 from memprof.analysis.validate import HISTORY, as_recording, write_history
@@ -64,7 +66,7 @@ class Step:
 def shapes(model: str) -> list[tuple[int, int, int]]:
     """Width, height and question tokens of each sample, what is worth most first."""
     if model == LLAVA:
-        return [(336, 336, text) for text in (TEXT, 500, 20, 200, 88)]
+        return [(336, 336, text) for text in (TEXT, 500, 20, 200, 88, 35, 120, 300)]
     plain = [(448 * columns, 448 * rows, TEXT) for columns, rows in GRIDS]
     return [*plain, (1344, 896, 20), (1344, 896, 300), (448, 448, 200), (1792, 1344, 88)]
 
@@ -74,7 +76,8 @@ def steps(device: str, tokens: int) -> Iterator[Step]:
 
     def spec(model: str, method: str, stack: str) -> RunSpec:
         dtype = find_model(model)[1].dtype
-        return RunSpec(model, method, "ai2d", device, stack=stack, dtype=dtype, max_new_tokens=tokens)
+        gpu = "h100" if device == "sim" else None
+        return RunSpec(model, method, "ai2d", device, stack=stack, dtype=dtype, max_new_tokens=tokens, gpu=gpu)
 
     def history(model: str, method: str, stack: str, number: int) -> Step:
         few = dataclasses.replace(spec(model, method, stack), max_new_tokens=min(tokens, HISTORY_TOKENS))
@@ -119,9 +122,8 @@ class Recorder:
             seconds = round(time.monotonic() - start, 1)
             say(f"{step.name}: {samples} in {seconds} s")
             self.log.append({"step": step.name, "samples": samples, "seconds": seconds})
-            write_json(
-                self.folder / "reference.json", {"schema": 1, "environment": environment(), "last_recorded": self.log}
-            )
+            about = {"schema": 1, "environment": environment(), "attention": attention_kernels(), "recorded": self.log}
+            write_json(self.folder / "reference.json", about)
         return True
 
     def check(self, *_: Any) -> None:
@@ -189,6 +191,31 @@ class Recorder:
         }  # fmt: skip
         write_history(path, about, recording)
         return f"{len(recording):,} events"
+
+
+@cache
+def attention_kernels() -> dict[str, str]:
+    """Which kernel torch picks on this card for each kind of attention InternVL2-2B runs; empty without a card."""
+    if not torch.cuda.is_available():
+        return {}
+
+    def pick(heads: int, kv_heads: int, queries: int, keys: int, dim: int, causal: bool, batch: int = 1) -> str:
+        query = torch.empty(batch, heads, queries, dim, dtype=torch.bfloat16, device="cuda")
+        key = torch.empty(batch, kv_heads, keys, dim, dtype=torch.bfloat16, device="cuda")
+        grouped = kv_heads != heads
+        try:
+            chosen = torch._fused_sdp_choice(query, key, key, None, 0.0, causal, enable_gqa=grouped)
+            return str(SDPBackend(chosen).name).lower()
+        except (RuntimeError, TypeError, ValueError) as error:  # a private function: what it cannot tell is no reason
+            return f"unknown: {error}".partition("\n")[0]
+
+    return {
+        "vision, 13 tiles": pick(16, 16, 1025, 1025, 64, False, 13),
+        "prefill, heads repeated": pick(16, 16, 3388, 3388, 128, True),
+        "prefill, heads grouped": pick(16, 8, 3388, 3388, 128, True),
+        "decode, heads repeated": pick(16, 16, 1, 3389, 128, False),
+        "decode, heads grouped": pick(16, 8, 1, 3389, 128, False),
+    }
 
 
 def _snapshot() -> Recording:

@@ -119,7 +119,6 @@ def fit(
         DoesNotFit: The weights alone, or the least prompt, do not fit; says what would.
         UsageError: An unknown name, or a value outside its range.
     """
-    room = gpu_bytes - context_bytes
     spec, _, _ = complete_spec(dataclasses.replace(spec, device="sim", weights="random", data="bundled", limit=None))
     bench = bench or Bench(spec)
     desk = _Desk(spec, bench, context_bytes, question_tokens)
@@ -127,17 +126,21 @@ def fit(
         tiles = bench.card.max_tiles + (bench.family.thumbnails and bench.card.max_tiles > 1)
     if tiles < 1 or images < 1 or question_tokens < 0:
         raise BadValue("tiles and images must be at least 1, and a question cannot have fewer than 0 tokens")
-    if desk.static_bytes > room:
+    if desk.static_bytes + context_bytes > gpu_bytes:
         raise DoesNotFit(_weights_alone(desk, gpu_bytes, context_bytes))
     total = tiles * images
     asked = desk.need(spec.method, total)
-    limits = (*_tiles(desk, room, tiles, images), _new_tokens(desk, room, total), *_keep(desk, room, total))
-    batch = Limit("batch", 1, 1 if asked.device_bytes <= room else None, None, "pruning cuts one prompt at a time")
-    fits = asked.device_bytes <= room
-    give = () if fits else _what_gives(desk, room, total, asked, limits)
+    limits = (
+        *_tiles(desk, gpu_bytes, tiles, images),
+        _new_tokens(desk, gpu_bytes, total),
+        *_keep(desk, gpu_bytes, total),
+    )
+    batch = Limit("batch", 1, 1 if asked.device_bytes <= gpu_bytes else None, None, "pruning cuts one prompt at a time")
+    fits = asked.device_bytes <= gpu_bytes
+    give = () if fits else _what_gives(desk, gpu_bytes, total, asked, limits)
     if not fits and all(limit.largest is None for limit in limits):
         least = desk.need(spec.method, 1)
-        if least.device_bytes > room:
+        if least.device_bytes > gpu_bytes:
             raise DoesNotFit(
                 f"not even one tile fits {format_bytes(gpu_bytes)}: it needs {format_bytes(least.device_bytes)}, "
                 f"{format_bytes(context_bytes, 'MiB', 0)} of CUDA context among it; most of what lies above the "
@@ -190,13 +193,13 @@ class _Desk:
         )  # fmt: skip
 
 
-def _tiles(desk: _Desk, room: int, tiles: int, images: int) -> tuple[Limit, ...]:
+def _tiles(desk: _Desk, gpu_bytes: int, tiles: int, images: int) -> tuple[Limit, ...]:
     """Tiles of one image, and images of so many tiles: the same bytes, as all tiles run as one batch."""
     method, most = desk.spec.method, desk.most_tiles()
     desk.foresee(method, sorted({*(2**n for n in range(most.bit_length())), most}))
     seen: list[tuple[float, float]] = []
     while (value := next_value(seen, 1, most, step=1)) is not None:
-        seen.append((value, desk.need(method, int(value)).device_bytes - room))
+        seen.append((value, desk.need(method, int(value)).device_bytes - gpu_bytes))
     total = max((int(value) for value, over in seen if over <= 0), default=None)
     bound = f"the model's {desk.positions:,} positions" if total == most < MOST_TILES else ""
     found = []
@@ -210,7 +213,7 @@ def _tiles(desk: _Desk, room: int, tiles: int, images: int) -> tuple[Limit, ...]
     return tuple(found)
 
 
-def _new_tokens(desk: _Desk, room: int, tiles: int) -> Limit:
+def _new_tokens(desk: _Desk, gpu_bytes: int, tiles: int) -> Limit:
     """New tokens: what one more adds to the cache, from the cache's growth over the tokens that were predicted."""
     spec, memory = desk.spec, desk.memory(desk.spec.method, tiles)
     asked = desk.need(spec.method, tiles)
@@ -222,16 +225,16 @@ def _new_tokens(desk: _Desk, room: int, tiles: int) -> Limit:
     a_token = sum(each) + max(each, default=0) / 2  # while it grows, a layer's keys are there twice
     unused = asked.reserved_bytes - asked.allocated_bytes
     last = columns.peak_allocated_bytes[-1] + unused + desk.context_bytes
-    if asked.device_bytes > room:
+    if asked.device_bytes > gpu_bytes:
         return Limit("new tokens", made, None, None, "the prompt alone is too large")
-    more = int((room - last) // a_token)
+    more = int((gpu_bytes - last) // a_token)
     largest = min(most, made + max(0, more))
     needs = max(asked.device_bytes, round(last + (largest - made) * a_token))
     note = f"the model's {desk.positions:,} positions" if largest == most else ""
     return Limit("new tokens", made, largest, needs, note or f"extrapolated from {made}")
 
 
-def _keep(desk: _Desk, room: int, tiles: int) -> tuple[Limit, ...]:
+def _keep(desk: _Desk, gpu_bytes: int, tiles: int) -> tuple[Limit, ...]:
     """The largest share of visual tokens, where the method has one."""
     _, pruner, _ = complete_spec(desk.spec)
     share = kept_share(pruner)
@@ -241,11 +244,11 @@ def _keep(desk: _Desk, room: int, tiles: int) -> tuple[Limit, ...]:
     low, high = field.metadata.get("search") or (0.02, 1.0)
     seen: list[tuple[float, float]] = []
     while (value := next_value(seen, low, high, step=0.0005)) is not None:
-        seen.append((value, desk.need(_with_keep(pruner, value), tiles).device_bytes - room))
+        seen.append((value, desk.need(_with_keep(pruner, value), tiles).device_bytes - gpu_bytes))
     fitting = [value for value, over in seen if over <= 0]
     if not fitting:
         return (Limit("keep", share, None, None),)
-    needs = dict(seen)[max(fitting)] + room
+    needs = dict(seen)[max(fitting)] + gpu_bytes
     return (Limit("keep", share, max(fitting), round(needs)),)
 
 
@@ -253,18 +256,18 @@ def _with_keep(pruner: Any, keep: float) -> str:
     return method_spec(dataclasses.replace(pruner, keep=keep))
 
 
-def _what_gives(desk: _Desk, room: int, tiles: int, asked: Need, limits: tuple[Limit, ...]) -> tuple[str, ...]:
+def _what_gives(desk: _Desk, gpu_bytes: int, tiles: int, asked: Need, limits: tuple[Limit, ...]) -> tuple[str, ...]:
     """What would make the prompt fit: less of one thing, another stack, another card."""
     give = [
         f"{limit.name} {limit.largest:g} instead of {limit.asked:g}"
         for limit in limits
         if limit.largest is not None and limit.largest < limit.asked
     ]
-    if desk.spec.stack == "paper" and desk.need(desk.spec.method, tiles, "current").device_bytes <= room:
+    if desk.spec.stack == "paper" and desk.need(desk.spec.method, tiles, "current").device_bytes <= gpu_bytes:
         give.append("stack current, which makes logits of the last position alone")
     if method_name(complete_spec(desk.spec)[1]) == "baseline" and "topv" in METHODS.names():
         pruned = _keep(_Desk(dataclasses.replace(desk.spec, method="topv"), desk.bench, desk.context_bytes,
-                             desk.question_tokens), room, tiles)  # fmt: skip
+                             desk.question_tokens), gpu_bytes, tiles)  # fmt: skip
         give += [f"pruning: topv with keep {one.largest:g}" for one in pruned if one.largest is not None]
     return (*give, f"a card of {format_bytes(asked.device_bytes, 'GiB', 1)}")
 

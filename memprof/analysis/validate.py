@@ -9,11 +9,14 @@ from __future__ import annotations
 import gzip
 import json
 import math
+import os
 import re
 import tempfile
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
+from itertools import pairwise
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -21,10 +24,12 @@ from typing import Any
 import numpy as np
 
 from memprof.analysis.snapshot import call_site
+from memprof.environment import ALLOCATOR_SETTINGS
 from memprof.errors import DataError
 from memprof.records import Run, RunSpec, SampleRecord
 from memprof.runner import Bench, complete_spec, make_prompt, profile_prompt, run
 from memprof.simulator.allocator import AllocatorSettings, CachingAllocator
+from memprof.simulator.cards import CARDS
 from memprof.simulator.recording import (
     ALLOC,
     FREE_COMPLETED,
@@ -36,6 +41,9 @@ from memprof.simulator.recording import (
 )
 from memprof.simulator.trace import Trace
 from memprof.store import find_runs
+
+#: Models kept ready, by name and the settings they were loaded under.
+Benches = dict[tuple[str, str], Bench]
 
 #: A history's file ends so.
 HISTORY = ".history.json.gz"
@@ -199,6 +207,8 @@ class Validation:
 
     Attributes:
         where: The card, driver and versions the reference was measured with; one line each where they differ.
+        context_bytes: Least and most that the driver said a process used beyond what its allocator held; None where no
+            driver was asked about the process alone. No prediction: ``memprof fit`` adds it.
         totals: One score a measure, over everything.
         runs: Scores of each run, by what it is called.
         points: Everything compared.
@@ -208,6 +218,7 @@ class Validation:
     """
 
     where: list[str] = field(default_factory=list)
+    context_bytes: tuple[int, int] | None = None
     totals: list[Score] = field(default_factory=list)
     runs: dict[str, list[Score]] = field(default_factory=dict)
     points: list[Point] = field(default_factory=list)
@@ -239,8 +250,8 @@ def validate(reference: Path) -> Validation:
     runs = [one for one in runs if one.record.spec.device == "cuda" and one.finished]
     if not runs:
         raise DataError(f"{reference} holds no finished run that was measured on a card (--device cuda)")
-    found = Validation(where=list(dict.fromkeys(place_of(one) for one in runs)), measured=runs)
-    benches: dict[str, Bench] = {}
+    found = Validation(list(dict.fromkeys(place_of(one) for one in runs)), _context(runs), measured=runs)
+    benches: Benches = {}
     cases: list[Case] = []
     # Runs of one model and attention follow each other, so that each model is built once.
     for one in sorted(runs, key=lambda one: (one.record.spec.model, one.record.spec.attention)):
@@ -276,25 +287,71 @@ def place_of(run: Run) -> str:
     return ", ".join(map(str, words))
 
 
+def _context(runs: Iterable[Run]) -> tuple[int, int] | None:
+    beyond = [
+        used - reserved
+        for one in runs
+        if one.record.environment.get("device_bytes_of") == "process"
+        for sample in one.finished
+        for used, reserved in zip(sample.tokens.device_used_bytes, sample.tokens.reserved_bytes, strict=True)
+        if used is not None
+    ]
+    return (min(beyond), max(beyond)) if beyond else None
+
+
 # ----------------------------------------------------------------------------------------------------- predict, compare
 
 
-def predict(measured: Run, benches: dict[str, Bench]) -> Run:
+def predict(measured: Run, benches: Benches) -> Run:
     """The same samples, predicted: only their sizes are taken over. ``benches`` are kept from call to call."""
-    spec = _predicting(measured.record.spec, measured.record.environment)
-    with tempfile.TemporaryDirectory() as folder:
+    there = measured.record.environment
+    spec = _predicting(measured.record.spec, there)
+    with tempfile.TemporaryDirectory() as folder, _settings_of(there):
         shapes = Path(folder, "shapes.csv")
         spec = replace(spec, data=str(shapes), limit=None, shard=None)
-        bench = benches.setdefault(spec.model, Bench(spec))
+        bench = _bench(benches, spec, there)
         template = sum(bench.card.template)
         lines = [f"{s.width},{s.height},{s.text_tokens - template}" for s in measured.finished]
         shapes.write_text("\n".join(["width,height,text_tokens", *lines, ""]), encoding="utf-8")
         return run(spec, Path(folder, "run"), bench=bench)
 
 
-def _predicting(spec: RunSpec, environment: Mapping[str, Any]) -> RunSpec:
+def _predicting(spec: RunSpec, there: Mapping[str, Any]) -> RunSpec:
     """``spec`` as a prediction for the card it was measured on."""
-    return replace(spec, device="sim", weights="random", gpu=spec.gpu or environment.get("gpu"))
+    return replace(spec, device="sim", weights="random", gpu=spec.gpu or card_of(there.get("gpu")))
+
+
+def card_of(gpu: str | None) -> str | None:
+    """The name memprof has for what torch calls ``gpu``: ``'NVIDIA H100 80GB HBM3'`` -> ``'h100'``; None if none."""
+    words = re.split(r"[\s-]+", (gpu or "").lower())
+    said = {*words, *(a + b for a, b in pairwise(words))}
+    return max((name for name in CARDS if set(name.split("-")) <= said), key=len, default=None)
+
+
+@contextmanager
+def _settings_of(there: Mapping[str, Any]) -> Iterator[None]:
+    """Allocator settings as they were in the environment ``there``, and none that were not."""
+    names, was = [*ALLOCATOR_SETTINGS, "CUBLAS_WORKSPACE_CONFIG"], os.environ.copy()
+    asked = {**there.get("allocator_settings", {}), "CUBLAS_WORKSPACE_CONFIG": there.get("cublas_workspace_config")}
+    try:
+        for name in names:
+            os.environ.pop(name, None)
+            if asked.get(name):
+                os.environ[name] = asked[name]
+        yield
+    finally:
+        for name in names:
+            os.environ.pop(name, None)
+            if name in was:
+                os.environ[name] = was[name]
+
+
+def _bench(benches: Benches, spec: RunSpec, there: Mapping[str, Any]) -> Bench:
+    """The bench of a model under the settings of ``there``, kept from call to call."""
+    key = spec.model, json.dumps([there.get("allocator_settings"), there.get("cublas_workspace_config")])
+    if key not in benches:
+        benches[key] = Bench(spec)
+    return benches[key]
 
 
 def compare(measured: Run, predicted: Run) -> list[Point]:
@@ -368,15 +425,17 @@ def _gaps(measured: Mapping[str, int], predicted: Mapping[str, int]) -> list[Gap
 # ------------------------------------------------------------------------------------------------------------ histories
 
 
-def foretell(about: Mapping[str, Any], benches: dict[str, Bench]) -> Recording:
+def foretell(about: Mapping[str, Any], benches: Benches) -> Recording:
     """The history that is predicted for the sample a history is ``about``."""
-    spec, pruner, _ = complete_spec(_predicting(RunSpec.from_json(about["spec"]), about["environment"]))
-    bench = benches.setdefault(spec.model, Bench(spec))
-    model, meter = bench.ready(spec)
-    shape = bench.family.shape(bench.card, about["width"], about["height"], about["text_tokens"], spec.max_tiles)
-    prompt = make_prompt(bench.family, bench.card, shape, seed=spec.seed)
-    profile_prompt(model, meter, pruner, spec.stack, prompt, new_tokens=spec.max_new_tokens)
-    return as_recording(meter.trace, meter.loaded)  # type: ignore[attr-defined]
+    there = about["environment"]
+    spec, pruner, _ = complete_spec(_predicting(RunSpec.from_json(about["spec"]), there))
+    with _settings_of(there):
+        bench = _bench(benches, spec, there)
+        model, meter = bench.ready(spec)
+        shape = bench.family.shape(bench.card, about["width"], about["height"], about["text_tokens"], spec.max_tiles)
+        prompt = make_prompt(bench.family, bench.card, shape, seed=spec.seed)
+        profile_prompt(model, meter, pruner, spec.stack, prompt, new_tokens=spec.max_new_tokens)
+        return as_recording(meter.trace, meter.loaded)  # type: ignore[attr-defined]
 
 
 def as_recording(trace: Trace, start: CachingAllocator) -> Recording:

@@ -71,6 +71,9 @@ def _show(found: Validation, unit: str) -> None:
     console = Console(highlight=False)
     for line in found.where:
         console.print(f"measured on {line}", markup=False)
+    if found.context_bytes is not None:
+        low, high = _pair(*found.context_bytes, unit)
+        console.print(f"beyond the allocator the process held {low} to {high} {unit} (context, kernels' code)")
     rows = [
         [_CALLED[s.measure], *_numbers(s), str(GOALS[s.measure]), "met" if s.met else "missed"] for s in found.totals
     ]

@@ -102,8 +102,8 @@ class Proving(Family):
 
     def own_label(self, task: str) -> str:
         """How :meth:`own_questions` are to be named wherever a number from them is shown."""
-        kind = "one-letter choices" if task == "ai2d" else "strings to read"
-        return f"proving model's own drawn questions ({kind}); none of them is of any data set"
+        kind = "letters to choose" if task == "ai2d" else "strings to read"
+        return f"proving model's own drawn questions ({kind}), in place of {task}'s"
 
     def own_questions(self, task: str, limit: int | None = None) -> Sequence[OwnQuestion]:
         """What this model can be asked in place of the bundled sample of ``task``, whose pictures it cannot read.

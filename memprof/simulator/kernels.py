@@ -64,7 +64,7 @@ from memprof.simulator.cards import ANY, Card
 
 aten = torch.ops.aten
 _HALF = (torch.float16, torch.bfloat16)
-_SOFTMAX = (torch.Tensor.softmax, torch.softmax)
+_SOFTMAX = (torch.nn.functional.softmax, torch.Tensor.softmax, torch.softmax)
 
 
 class Temporary(NamedTuple):
@@ -124,7 +124,7 @@ class _Dispatch(TorchFunctionMode):
         if func is torch.nn.functional.scaled_dot_product_attention and isinstance(args[0], FakeTensor):
             return attend(self.card, *args, **kwargs)
         if func in _SOFTMAX and args[0].dtype == torch.float16 and kwargs.get("dtype") == torch.float32:
-            return aten._softmax(args[0], args[1] if len(args) > 1 else kwargs["dim"], True)
+            return aten._softmax(args[0], kwargs["dim"] if "dim" in kwargs else args[1], True)
         return func(*args, **kwargs)
 
 

@@ -82,10 +82,8 @@ class Timeline:
 
     def vision(self) -> list[tuple[int, int]]:
         """First event, and the one after the last, of each stretch of phase ``vision``."""
-        ends = [*(start for start, _ in self.phases[1:]), len(self.events)]
-        return [
-            (a, min(b, len(self.events))) for (a, name), b in zip(self.phases, ends, strict=True) if name == "vision"
-        ]
+        bounds = [*self.phases, (len(self.events), "")]
+        return [(a, min(b, len(self.events))) for (a, name), (b, _) in pairwise(bounds) if name == "vision"]
 
 
 def read_plain(trace: Trace, static_bytes: int, rounding: int = 1) -> Reading:

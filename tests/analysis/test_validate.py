@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import importlib.util
 import json
+import os
 import shutil
 import sys
 from collections.abc import Callable
@@ -17,7 +18,7 @@ import pytest
 from memprof import runner
 from memprof.analysis import validate as module
 from memprof.analysis.snapshot import check_replay
-from memprof.analysis.validate import GOALS, HISTORY, Goal, Point, read_history, validate, write_history
+from memprof.analysis.validate import GOALS, HISTORY, Goal, Point, card_of, read_history, validate, write_history
 from memprof.cli import main
 from memprof.errors import DataError
 from memprof.simulator.recording import Frame, Recording, read_recordings
@@ -50,7 +51,7 @@ def recorded(script: ModuleType, tmp_path_factory: pytest.TempPathFactory) -> Pa
     for path in folder.glob("*/run.json"):
         run = json.loads(path.read_text())
         run["status"], run["spec"]["device"] = "measured", "cuda"
-        run["environment"] |= {"gpu": "NVIDIA H100", "driver": "580.1"}
+        run["environment"] |= {"gpu": "NVIDIA H100", "driver": "580.1", "device_bytes_of": "process"}
         path.write_text(json.dumps(run))
     return folder
 
@@ -95,6 +96,42 @@ def test_a_reference_without_a_fault_meets_every_goal(reference: Path) -> None:
     (history,) = found.histories
     assert history.peak_measured == history.peak_predicted > 0
     assert history.sizes == []
+
+
+def test_the_context_is_what_the_driver_says_beyond_the_allocator(reference: Path) -> None:
+    assert validate(reference).context_bytes is None
+
+    def change(sample: dict[str, Any]) -> None:
+        columns = sample["tokens"]
+        columns["device_used_bytes"] = [n + 5 + i for i, n in enumerate(columns["reserved_bytes"])]
+
+    bend(reference, BASELINE, change)
+    assert validate(reference).context_bytes == (5, 6)
+
+
+@pytest.mark.parametrize(
+    ("gpu", "name"),
+    [
+        ("NVIDIA H100 80GB HBM3", "h100"), ("NVIDIA H200", "h200"), ("NVIDIA A100-SXM4-40GB", "a100-40gb"),
+        ("NVIDIA A100-SXM4-80GB", "a100"), ("NVIDIA GeForce RTX 4090", "rtx4090"), ("Tesla T4", "t4"),
+        ("NVIDIA L40S", None), (None, None),
+    ],
+)  # fmt: skip
+def test_cards_are_known_by_what_torch_calls_them(gpu: str | None, name: str | None) -> None:
+    assert card_of(gpu) == name
+
+
+def test_predictions_run_under_the_settings_of_the_reference(reference: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PYTORCH_ALLOC_CONF", "expandable_segments:True")  # not the reference's
+    assert validate(reference).met
+    assert os.environ["PYTORCH_ALLOC_CONF"] == "expandable_segments:True"
+    monkeypatch.delenv("PYTORCH_ALLOC_CONF")
+    for path in reference.glob("*/run.json"):
+        run = json.loads(path.read_text())
+        run["environment"]["allocator_settings"] = {"PYTORCH_ALLOC_CONF": "roundup_power2_divisions:4"}
+        path.write_text(json.dumps(run))
+    assert {score.measure for score in validate(reference).totals if not score.met} >= {"dynamic"}
+    assert "PYTORCH_ALLOC_CONF" not in os.environ
 
 
 def test_what_is_missing_is_found_and_named(reference: Path) -> None:
@@ -277,7 +314,7 @@ def test_a_cut_recording_goes_on(script: ModuleType, tmp_path: Path, monkeypatch
     assert len((tmp_path / BASELINE / "samples.jsonl").read_text().splitlines()) == 1
     assert script.Recorder(tmp_path, 600).record(first)
     assert len((tmp_path / BASELINE / "samples.jsonl").read_text().splitlines()) == 2
-    assert json.loads((tmp_path / "reference.json").read_text())["last_recorded"][0]["samples"] == "2 samples"
+    assert json.loads((tmp_path / "reference.json").read_text())["recorded"][0]["samples"] == "2 samples"
 
 
 def test_recording_needs_no_command_line_packages() -> None:

@@ -1,0 +1,135 @@
+from __future__ import annotations
+
+import json
+from fractions import Fraction
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from memprof.simulator.program import FOLDED_TOKENS, Irregular, Passage, Program, Recording, Span, fold
+from memprof.simulator.trace import Trace
+
+
+def made_up(tokens: int, layers: int, n: int, *, odd_token: int = -1, odd_layer: int = -1) -> Recording:
+    """A model by hand: each layer replaces its cache and the hidden state; the head makes scores of all positions."""
+    trace, entered = Trace(), list[list[int]]()
+    trace.phase("prefill")
+    cache: dict[int, int] = {}
+    for token in range(tokens):
+        if token == 1:
+            trace.phase("decode")
+        rows, length = (n, n) if not token else (1, n + token)
+        hidden = trace.birth(rows * 8, "other", ("", "embed"), (rows, 4), "bfloat16")
+        entered.append([])
+        for layer in range(layers):
+            entered[-1].append(len(trace.events))
+            name = f"model.layers.{layer}"
+            if layer == odd_layer:
+                trace.death(trace.birth(512, "other", (name, "odd"), (512,), "uint8"))
+            kv = trace.birth(length * 16, "kv_cache", (name, "cat"), (1, length, 8), "bfloat16")
+            if token:
+                trace.death(cache[layer])
+            cache[layer] = kv
+            out = trace.birth(rows * 8, "mlp", (f"{name}.mlp", "mm"), (rows, 4), "bfloat16")
+            trace.death(hidden)
+            hidden = out
+        entered[-1].append(len(trace.events))
+        if token == odd_token:
+            trace.death(trace.birth(1, "other", ("", "odd"), (1,), "uint8"))
+        scores = trace.birth(rows * 400, "logits", ("head", "mm"), (rows, 100), "float32")
+        trace.death(hidden)
+        trace.death(scores)
+        trace.mark()
+    return Recording(trace, entered, head_layers=2, prefix="model.layers")
+
+
+def program(*points: tuple[int, int]) -> Program:
+    out = Program()
+    for n, tokens in points:
+        out.add((n, tokens), fold(made_up(tokens, 5, n), fold_layers=True))
+    return out
+
+
+POINTS = ((10, 5), (40, 6), (23, 5), (31, 6))
+
+
+@pytest.mark.parametrize(("layers", "tokens", "n"), [(5, 5, 10), (12, 16, 17), (40, 30, 25), (6, 7, 40)])
+def test_layers_and_steps_unfold(layers: int, tokens: int, n: int) -> None:
+    ours = program(*POINTS).unfold(layers, tokens).trace((n, tokens))
+    real = made_up(tokens, layers, n).trace
+    assert ours == real
+
+
+def test_it_survives_the_disk() -> None:
+    before = program(*POINTS)
+    after = Program.from_json(json.loads(json.dumps(before.to_json())))
+    assert after.structure == before.structure
+    assert after.unfold(9, 12).trace((20, 12)) == before.unfold(9, 12).trace((20, 12))
+    assert after.covers((20, 12))
+
+
+def test_what_it_answers_for() -> None:
+    untested = program(*POINTS[:2])
+    assert not untested.covers((20, 16))
+    tested = program(*POINTS)
+    assert tested.covers((20, 16))
+    assert not tested.covers((9, 16))
+    assert not tested.covers((41, 16))
+
+
+def test_what_does_not_repeat_is_refused() -> None:
+    with pytest.raises(Irregular, match="differ"):
+        fold(made_up(7, 5, 10, odd_token=3), fold_layers=True)
+    with pytest.raises(Irregular, match="differ"):
+        fold(made_up(5, 5, 10, odd_layer=3), fold_layers=True)
+    with pytest.raises(Irregular, match="do not fold"):
+        fold(made_up(5, 6, 10), fold_layers=True)
+    one, other = program(POINTS[0]), fold(made_up(5, 5, 20, odd_layer=0), fold_layers=True)
+    with pytest.raises(Irregular, match="different events"):
+        one.add((20, 5), other)
+
+
+def test_a_wrong_word_is_found_out() -> None:
+    tested = program(*POINTS)
+    lying = fold(made_up(5, 5, 26), fold_layers=True)
+    with pytest.raises(Irregular, match="wrong"):
+        tested.add((25, 5), lying)
+
+
+def test_few_tokens_are_not_folded() -> None:
+    tokens = FOLDED_TOKENS - 1
+    out = Program()
+    for n in (10, 20, 15):
+        out.add((n, tokens), fold(made_up(tokens, 5, n), fold_layers=True))
+    assert out.unfold(8, tokens).trace((13, tokens)) == made_up(tokens, 8, 13).trace
+
+
+def test_a_selection_frees_nothing_that_it_was_given() -> None:
+    trace = Trace()
+    given = trace.birth(8, "other", ("", ""), (8,))
+    made = trace.birth(8, "pruner", ("", ""), (8,))
+    gone = trace.birth(4, "pruner", ("", ""), (4,))
+    trace.death(gone)
+    passage = Passage.of(trace, 1, 4)
+    assert passage.events == (0, 1, ~1)
+    assert passage.survivors == (0,)
+    trace.death(given)
+    del made
+    with pytest.raises(Irregular, match="given"):
+        Passage.of(trace, 1, 5)
+
+
+@given(st.lists(st.tuples(*[st.integers(-50, 50)] * 3), min_size=1, max_size=8), st.data())
+def test_weights_make_the_vector(vectors: list[tuple[int, int, int]], data: st.DataObject) -> None:
+    span = Span()
+    for vector in vectors:
+        known = span.weights(vector)
+        assert span.add(vector) == (known is None)
+    for vector in vectors:
+        weights = span.weights(vector)
+        assert weights is not None
+        assert sum(weights) == 1
+        made = [sum((w * v[i] for w, v in zip(weights, span.vectors, strict=True)), Fraction(0)) for i in range(3)]
+        assert made == list(vector)
+    assert len(span.vectors) <= 4

@@ -1,0 +1,86 @@
+"""Reading pool by pool, with pigeonholes, says what one replay of everything says."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from memprof.records import PARTS
+from memprof.simulator.allocator import AllocatorSettings, CachingAllocator
+from memprof.simulator.replay import read_cuda, read_plain
+from memprof.simulator.trace import Trace
+from memprof.units import MIB
+
+
+def a_trace(seed: int, tokens: int, largest: int) -> Trace:
+    draw, trace, live = random.Random(seed), Trace(), list[int]()
+    trace.phase("vision")
+    for token in range(tokens):
+        if token == 1:
+            trace.phase("decode")
+        for _ in range(draw.randint(0, 120)):
+            if live and draw.random() < 0.5:
+                trace.death(live.pop(draw.randrange(len(live))))
+            else:
+                size = int(draw.choice((1, 0.02, 0.001)) * draw.randint(0, largest))
+                live.append(trace.birth(size, draw.choice(PARTS), (f"m{token}", "op"), (size,)))
+        trace.mark()
+    return trace
+
+
+def whole(trace: Trace, start: CachingAllocator) -> tuple[list[int], list[int], list[int]]:
+    """Peak, end and reserved of each token, from one replay of everything."""
+    served = start.copy().replay(trace.events, trace.nbytes, trace.marks[:-1])
+    return list(served.peak_allocated), list(served.allocated), list(served.peak_reserved)
+
+
+@settings(deadline=None, max_examples=60)
+@given(st.integers(0, 10**6), st.integers(1, 6), st.sampled_from([3_000, 600_000, 5 * MIB, 40 * MIB]))
+def test_pool_by_pool_is_one_replay(seed: int, tokens: int, largest: int) -> None:
+    start = CachingAllocator()
+    for size in (3 * MIB, 700, 12_345_678, 900_000):
+        start.malloc(size)
+    trace = a_trace(seed, tokens, largest)
+    reading = read_cuda(trace, start)
+    assert (reading.peak_allocated_bytes, reading.allocated_bytes, reading.reserved_bytes) == whole(trace, start)
+    assert sum(reading.parts.values()) in (0, max(reading.peak_allocated_bytes) - start.allocated)
+
+
+@pytest.mark.parametrize("text", ["expandable_segments:True", "max_split_size_mb:64", "roundup_power2_divisions:4"])
+def test_other_rules_are_replayed_whole(text: str) -> None:
+    start, trace = CachingAllocator(AllocatorSettings.parse(text)), a_trace(3, 4, 30 * MIB)
+    reading = read_cuda(trace, start)
+    assert (reading.peak_allocated_bytes, reading.allocated_bytes, reading.reserved_bytes) == whole(trace, start)
+
+
+def test_a_refusal_ends_the_reading_at_the_last_finished_token() -> None:
+    trace = a_trace(5, 5, 30 * MIB)
+    free = read_cuda(trace, CachingAllocator())
+    roomy = read_cuda(trace, CachingAllocator(capacity_bytes=free.reserved_bytes[-1]))
+    assert roomy == free
+    tight = read_cuda(trace, CachingAllocator(capacity_bytes=max(free.peak_allocated_bytes) // 2))
+    done = len(tight.peak_allocated_bytes)
+    assert tight.refused is not None
+    assert done < 5
+    assert tight.peak_allocated_bytes == free.peak_allocated_bytes[:done]
+    assert len(tight.reserved_bytes) == len(tight.device_used_bytes) == done
+
+
+def test_without_an_allocator() -> None:
+    trace = Trace()
+    trace.phase("prefill")
+    a = trace.birth(100, "inputs", ("", "a"), (100,))
+    trace.mark()
+    trace.birth(1_000, "mlp", ("", "b"), (10, 100))
+    trace.death(a)
+    trace.mark()
+    reading = read_plain(trace, 5)
+    assert reading.peak_allocated_bytes == [105, 1_105]
+    assert reading.allocated_bytes == [105, 1_005]
+    assert reading.parts["mlp"] == 1_000
+    assert [holder.op for holder in reading.holders] == ["b", "a"]
+    assert read_plain(trace, 0, rounding=512).peak_allocated_bytes == [512, 512 + 1_024]
+    assert read_plain(Trace(), 7).peak_allocated_bytes == []
