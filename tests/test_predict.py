@@ -168,16 +168,16 @@ def test_where_programs_are_kept(monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 
 
 def test_a_card_that_is_too_small(monkeypatch: pytest.MonkeyPatch) -> None:
+    """8 MiB hold the tiny model and short prompts; the first block above 1 MiB would need a segment of 20 MiB."""
     bench, spec, pruner = bench_of(monkeypatch, "baseline", "paper")
-    shapes = random_shapes(bench, 20, 7)
-    biggest = max(shapes, key=lambda shape: shape.length)
-    spec = dataclasses.replace(spec, max_new_tokens=2)
-    roomy = bench.outcome(spec, pruner, biggest, 0)
-    small = dataclasses.replace(spec, gpu=str(max(roomy.memory["tokens"].peak_allocated_bytes) - 1))
-    bench.foresee(small, pruner, shapes)
-    refused = bench.outcome(small, pruner, biggest, 0)
+    spec = dataclasses.replace(spec, max_new_tokens=2, gpu="8MiB")
+    shapes = [bench.family.shape(bench.card, 100, 100, text, 1) for text in (20, 60, 90, 110, 130, 150, 4000)]
+    bench.foresee(spec, pruner, shapes)
+    fits, refused = (bench.outcome(spec, pruner, shape, 0) for shape in (shapes[1], shapes[-1]))
+    assert fits.refused is None
+    assert len(fits.memory["tokens"]) == 2
     assert refused.refused is not None
     assert "out of memory" in refused.refused
-    model, meter = bench.ready(small)
-    assert refused == bench._profile(model, meter, pruner, "paper", biggest, 2, 0)
+    model, meter = bench.ready(spec)
+    assert refused == bench._profile(model, meter, pruner, "paper", shapes[-1], 2, 0)
     assert {len(column) for column in vars(refused.memory["tokens"]).values()} == {0}

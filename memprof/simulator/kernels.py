@@ -22,8 +22,8 @@ math       what is left                                   everything: the operat
 
 * ``cuda:masked_scatter``: the prefix sum, int64 as large as the result, and the mask made contiguous
   (``masked_scatter__cuda`` in ``native/cuda/IndexKernel.cpp``, ``launch_masked_scatter_kernel`` in ``IndexKernel.cu``);
-* ``cuda:flash``: random state and offset (``mha_fwd`` in ``flash_attn/flash_api.cpp``), and where the keys are cut to
-  fill the card, the partial sums and outputs (``set_params_splitkv``), which follow from the number of processors.
+* ``cuda:flash``: where the keys are cut to fill the card, the partial sums and outputs (``set_params_splitkv`` in
+  ``flash_attn/flash_api.cpp``), which follow from the number of processors.
 
 **Lasting workspaces** of cuBLAS and cuBLASLt are static bytes (:func:`memprof.simulator.cards.cublas_workspace_bytes`).
 
@@ -108,8 +108,6 @@ class Kernels:
             lengths = self.card.processors, batch, heads, queries, key.shape[2], dim
             yield Temporary("cuda:flash split logsumexp", lengths, "float32")
             yield Temporary("cuda:flash split output", lengths, "float32")
-            yield Temporary("cuda:flash random state", (2,), "int64")
-            yield Temporary("cuda:flash random offset", (), "int64")
 
 
 class _Dispatch(TorchFunctionMode):

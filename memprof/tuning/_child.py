@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import runpy
 import sys
 
 if __name__ == "__main__":
@@ -10,6 +11,4 @@ if __name__ == "__main__":
         import signal
 
         ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
-    from memprof.cli import main
-
-    main()
+    runpy.run_module("memprof", run_name="__main__", alter_sys=True)

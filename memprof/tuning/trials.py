@@ -19,7 +19,7 @@ from memprof.records import Run, RunSpec, SampleRecord, mean_fidelity, summarize
 from memprof.runner import Bench, Outcome, complete_spec, samples_of
 from memprof.store import RUN_FILE, read_run
 from memprof.tasks import Sample
-from memprof.tuning import Question, Result
+from memprof.tuning import Evaluate, Question, Result
 
 #: Exit code of a run that ran out of memory (:mod:`memprof.errors`).
 _OOM = 5
@@ -104,7 +104,7 @@ class Measurer:
     """
 
     def __init__(
-        self, question: Question, folder: Path, predict: Predictor | None, card_bytes: int | None = None
+        self, question: Question, folder: Path, predict: Evaluate | None, card_bytes: int | None = None
     ) -> None:
         self.question, self.folder, self.predict, self.card_bytes = question, folder, predict, card_bytes
         self._unpruned: float | None = None
@@ -112,7 +112,7 @@ class Measurer:
     def __call__(self, method: str, name: str) -> Result:
         """What ``method`` needs and loses."""
         if self.predict is not None:
-            predicted = self.predict(method)
+            predicted = self.predict(method, name)
             budget = self.question.budget_bytes
             if (budget is not None and predicted.peak_allocated_bytes > budget) or (
                 self.card_bytes is not None and predicted.peak_reserved_bytes > self.card_bytes

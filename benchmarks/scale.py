@@ -1,0 +1,145 @@
+"""How long a prediction takes: it grows with the number of distinct shapes, not with samples or the size of the model.
+
+Each point is a process of its own that runs ``memprof.runner.run`` with an empty cache of programs: imports, building the
+model, recording, evaluating, and one flushed line a sample are all in the time. Written to ``benchmarks/results``::
+
+    python benchmarks/scale.py            # all points, then the figure
+    python benchmarks/scale.py --headline # 3,088 samples x three methods x 16 tokens alone
+    python benchmarks/scale.py --draw     # the figure from what was measured before
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import random
+import resource
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+RESULTS = Path(__file__).parent / "results"
+METHODS = ("baseline", "fastv", "topv")
+#: Samples of AI2D's test split, and the tokens its task makes.
+SAMPLES, TOKENS = 3088, 16
+#: Distinct shapes of the headline. AI2D itself is not at hand; its images have 9 tile counts in memprof's sample of 43 sizes
+#: and its prompts spread over some 60 lengths, of which not all pairs occur.
+SHAPES = 400
+MODELS = ("internvl2-2b", "internvl2-8b", "llava-1.5-13b", "internvl2-26b", "internvl2-76b")
+
+
+def shapes_file(path: Path, samples: int, distinct: int) -> None:
+    """``samples`` rows of exactly ``distinct`` shapes: image sizes in AI2D's range, 20 to 100 tokens of question."""
+    draw, seen = random.Random(0), dict[tuple[int, int], tuple[int, int, int]]()
+    from memprof.families import find_model
+
+    family, card = find_model("internvl2-2b")
+    while len(seen) < distinct:
+        row = draw.randint(240, 1500), draw.randint(156, 1080), draw.randint(20, 100)
+        shape = family.shape(card, *row, None)
+        seen.setdefault((shape.tiles, shape.after), row)
+    rows = list(seen.values())
+    lines = [",".join(map(str, rows[i % len(rows)])) for i in range(samples)]
+    path.write_text("width,height,text_tokens\n" + "\n".join(lines) + "\n", encoding="utf-8")
+
+
+def child(model: str, data: str, output: str) -> None:
+    """Run the three methods and print what it took."""
+    start = time.perf_counter()
+    from memprof.families import find_model
+    from memprof.records import RunSpec
+    from memprof.runner import Bench, run
+
+    imported = time.perf_counter()
+    took, bench, done = {}, None, 0
+    for method in METHODS:
+        began = time.perf_counter()
+        spec = RunSpec(model=model, method=method, task="ai2d", device="sim", data=data, max_new_tokens=TOKENS,
+                       dtype=find_model(model)[1].dtype)  # fmt: skip
+        bench = bench or Bench(spec)
+        done += len(run(spec, Path(output) / method, bench=bench).finished)
+        took[method] = time.perf_counter() - began
+    usage = resource.getrusage(resource.RUSAGE_SELF)
+    print(json.dumps({
+        "import_seconds": imported - start, "method_seconds": took, "samples_done": done,
+        "cpu_seconds": usage.ru_utime + usage.ru_stime, "peak_rss_bytes": usage.ru_maxrss * 1024,
+    }))  # fmt: skip
+
+
+def point(model: str, samples: int, distinct: int) -> dict[str, Any]:
+    """One process."""
+    with tempfile.TemporaryDirectory() as folder:
+        data = Path(folder) / "shapes.csv"
+        shapes_file(data, samples, distinct)
+        load, start = os.getloadavg()[0], time.perf_counter()
+        done = subprocess.run(
+            [sys.executable, __file__, "--child", model, str(data), f"{folder}/runs"],
+            env={**os.environ, "MEMPROF_CACHE": f"{folder}/cache"}, capture_output=True, text=True, check=True,
+        )  # fmt: skip
+        seconds = time.perf_counter() - start
+    out = {"model": model, "samples": samples, "distinct_shapes": distinct, "tokens": TOKENS, "methods": len(METHODS),
+           "wall_seconds": seconds, "load_before": load, **json.loads(done.stdout.splitlines()[-1])}  # fmt: skip
+    print(f"{model} {samples} samples, {distinct} shapes: {seconds:.1f} s wall, {out['cpu_seconds']:.1f} s CPU, "
+          f"{out['peak_rss_bytes'] / 2**30:.2f} GiB", file=sys.stderr)  # fmt: skip
+    return out
+
+
+def draw(results: dict[str, Any]) -> None:
+    """Three panels: seconds of CPU against samples, distinct shapes, and parameters."""
+    from matplotlib.figure import Figure
+
+    from memprof.figures.palette import method_colour
+    from memprof.figures.style import Look
+
+    look = Look.of("paper", "double")
+    with look.settings():
+        figure = Figure(figsize=(6.9, 2.3), layout="constrained")
+        axes = figure.subplots(1, 3, sharey=True)
+        panels = (("samples", "samples"), ("distinct_shapes", "distinct shapes"), ("model", "model"))
+        for axis, (key, label) in zip(axes, panels, strict=True):
+            points = results["by_" + key]
+            x = [p[key] for p in points] if key != "model" else range(len(points))
+            axis.plot(x, [p["cpu_seconds"] for p in points], marker="o", markersize=3, color=method_colour("topv"))
+            axis.set_xlabel(label)
+            axis.set_ylim(bottom=0)
+            if key == "model":
+                axis.set_xticks(list(x), [p["model"].replace("-", "-\n", 1) for p in points], fontsize=5)
+        axes[0].set_ylabel("seconds of CPU, 3 methods")
+        figure.suptitle(
+            f"Predicting {TOKENS} tokens under three methods, nothing cached: cost follows distinct shapes", fontsize=8
+        )
+        for suffix in ("png", "pdf"):
+            figure.savefig(RESULTS / f"scale.{suffix}", dpi=look.dpi, metadata={"CreationDate": None} if suffix == "pdf"
+                           else {"Software": None})  # fmt: skip
+
+
+def main() -> None:
+    """Measure what was asked for."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--headline", action="store_true")
+    parser.add_argument("--draw", action="store_true")
+    parser.add_argument("--child", nargs=3, help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.child:
+        child(*args.child)
+        return
+    RESULTS.mkdir(exist_ok=True)
+    file = RESULTS / "scale.json"
+    results: dict[str, Any] = json.loads(file.read_text()) if file.exists() else {}
+    if not args.draw:
+        results["headline"] = point("internvl2-2b", SAMPLES, SHAPES)
+        if not args.headline:
+            results["by_samples"] = [point("internvl2-2b", n, 50) for n in (50, 400, 1600, SAMPLES)]
+            results["by_distinct_shapes"] = [point("internvl2-2b", 400, n) for n in (25, 50, 100, 200, 400)]
+            results["by_model"] = [point(model, 400, 50) for model in MODELS]
+        file.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+    if "by_model" in results:
+        draw(results)
+
+
+if __name__ == "__main__":
+    main()

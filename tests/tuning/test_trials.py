@@ -1,0 +1,114 @@
+from __future__ import annotations
+
+import dataclasses
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from stub import GIB, Stub, question
+
+from memprof.records import PARTS, RunRecord, RunSpec, SampleRecord, TokenColumns
+from memprof.store import RunFolder
+from memprof.tuning import Question
+from memprof.tuning.trials import Measurer
+
+
+def measured(**changes: Any) -> Question:
+    """A question about trained weights on a card."""
+    spec = RunSpec(model="internvl2-2b", method="baseline", task="ai2d", device="cuda", weights="hub", limit=3)
+    return Question(spec, ("topv",), **({"budget_bytes": 5 * GIB} | changes))
+
+
+class Card:
+    """Stands for ``subprocess.run``: writes the run folder that a measured run would leave."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, code: int = 0, score: float = 0.75) -> None:
+        self.launched: list[list[str]] = []
+        self.code, self.score = code, score
+        self.compared: dict[str, float] | None = None
+        monkeypatch.setattr(subprocess, "run", self)
+
+    def __call__(self, words: list[str], **_: Any) -> Any:
+        self.launched.append(words)
+        method, path = words[words.index("--method") + 1], Path(words[words.index("-o") + 1])
+        spec = RunSpec(model="internvl2-2b", method=method, task="ai2d", device="cuda")
+        score = 0.8 if method == "baseline" else self.score
+        with RunFolder.open(path, RunRecord(spec, "measured", static_bytes=4 * GIB, complete=True)) as folder:
+            folder.append(
+                SampleRecord(
+                    "a", visual_tokens=10, kept_visual_tokens=[10, 10, 5, 5], score=score, fidelity=self.compared,
+                    tokens=TokenColumns([4 * GIB + 9], [1], [4 * GIB + 10], [1], [None], [0.5]),
+                    peak_parts=dict.fromkeys(PARTS, 0) | {"mlp": 9}, dynamic_peak_bytes=9,
+                )
+            )  # fmt: skip
+            if self.code == 5:
+                folder.append(SampleRecord("b", status="oom", error="CUDA out of memory"))
+        return SimpleNamespace(returncode=self.code, stderr="memprof: 1 samples ran out of memory" * (self.code == 5))
+
+
+def test_what_is_predicted_not_to_fit_is_never_launched(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    card, predict = Card(monkeypatch), Stub()
+    evaluate = Measurer(measured(), tmp_path, predict)
+    assert evaluate("topv:keep=0.9,layer=2", "a").status == "not launched"
+    tight = Measurer(measured(budget_bytes=9 * GIB), tmp_path, predict, card_bytes=5 * GIB)
+    assert tight("topv:keep=0.9,layer=2", "b").status == "not launched"
+    assert card.launched == []
+    assert evaluate("topv:keep=0.1,layer=2", "c").status == "measured"
+    assert len(card.launched) == 2  # the setting, and once the unpruned model that its loss is held against
+    evaluate("topv:keep=0.2,layer=2", "d")
+    assert len(card.launched) == 3
+
+
+def test_each_trial_is_a_process_of_its_own_in_a_folder_of_its_own(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    card = Card(monkeypatch)
+    result = Measurer(measured(), tmp_path, None)("topv:keep=0.1,layer=2", "0007_topv")
+    words = card.launched[0]
+    assert words[:4] == [sys.executable, "-m", "memprof.tuning._child", "run"]
+    assert words[words.index("-o") + 1] == str(tmp_path / "0007_topv")
+    assert "--resume" not in words
+    assert (result.peak_allocated_bytes, result.peak_reserved_bytes) == (4 * GIB + 9, 4 * GIB + 10)
+    assert (result.kept_share, result.seconds, result.accuracy) == (0.75, 0.5, 0.75)
+    assert result.loss == pytest.approx(0.05)
+    again = Measurer(measured(), tmp_path, None)
+    assert again._words("topv", tmp_path / "0007_topv")[-1] == "--resume"  # a trial taken up again goes on in it
+
+
+def test_agreement_with_the_unpruned_model_is_the_loss_where_it_was_measured(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    card = Card(monkeypatch)
+    card.compared = {"agreement": 0.9}
+    assert Measurer(measured(), tmp_path, None)("topv:keep=0.1,layer=2", "a").loss == pytest.approx(0.1)
+    assert len(card.launched) == 1
+
+
+def test_out_of_memory_is_a_result(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    Card(monkeypatch, code=5)
+    result = Measurer(measured(), tmp_path, None)("topv:keep=0.9,layer=2", "a")
+    assert result.status == "oom"
+    assert "out of memory" in (result.error or "")
+
+
+def test_a_process_that_leaves_nothing_is_a_failure(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    gone = SimpleNamespace(returncode=-9, stderr="")
+    monkeypatch.setattr(subprocess, "run", lambda *_, **__: gone)
+    result = Measurer(measured(), tmp_path, None)("topv", "a")
+    assert (result.status, result.error) == ("failed", "the trial's process ended with -9")
+
+
+@pytest.mark.slow
+def test_a_real_measured_trial(tmp_path: Path) -> None:
+    spec = dataclasses.replace(
+        measured().spec, model="proving", device="cpu", weights="shipped", dtype="float32", limit=1
+    )
+    asked = Question(spec, ("topv",), budget_bytes=GIB)
+    result = Measurer(asked, tmp_path, None)("topv:keep=0.5,layer=2", "a")
+    assert result.status == "measured", result.error
+    assert result.accuracy is not None
+    assert result.peak_allocated_bytes > 0
+    assert question().measured is False
