@@ -471,6 +471,9 @@ def _static_parts(model: nn.Module, meter: Meter) -> dict[str, int]:
         parts[where.weight_group(name)] += tensor.untyped_storage().nbytes()
     if isinstance(meter, SimMeter) and meter.workspace_bytes:
         parts["workspaces"] = meter.workspace_bytes
+    # What stays when weights are counted as asked for: rounding, and on a card workspaces, which cannot be told apart.
+    if rest := meter.static_bytes - sum(parts.values()):
+        parts["rounding" if meter.status == "predicted" else "workspaces and rounding"] = rest
     return parts
 
 

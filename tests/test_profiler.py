@@ -115,7 +115,9 @@ def test_a_language_model_without_vision() -> None:
         hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
         vocab_size=100, pad_token_id=0,
     )  # fmt: skip
+    torch.manual_seed(0)
     model = LlamaForCausalLM(config).eval()
+    model.generation_config.eos_token_id = None
     with Profiler(model) as profiler:
         model.generate(torch.tensor([[1, 2, 3]]), max_new_tokens=3, do_sample=False, attention_mask=torch.ones(1, 3))
     assert len(profiler.tokens) == 3

@@ -30,7 +30,7 @@ def test_paper_stack_makes_the_logits_of_all_positions_twice(family: str, device
         for stack in ("current", "paper")
     }
     expected = prompt.shape.length * 20_000 * 6
-    slack = 2 * 512 if device == "sim" else 0  # the caching allocator rounds each of the two
+    slack = 2 * 2**20 if device == "sim" else 0  # a block keeps a rest of up to 1 MiB, too little to split off
     assert expected <= outcomes["paper"]["peak_parts"]["logits"] <= expected + slack
     assert outcomes["current"]["peak_parts"]["logits"] < expected / 3
 
