@@ -1,7 +1,7 @@
 """How long a prediction takes: it grows with the number of distinct shapes, not with samples or the size of the model.
 
-Each point is a process of its own that runs ``memprof.runner.run`` with an empty cache of programs: imports, building the
-model, recording, evaluating, and one flushed line a sample are all in the time. Written to ``benchmarks/results``::
+Each point is a process of its own that runs ``memprof.runner.run`` with an empty cache of programs: imports, building
+the model, recording, evaluating, and one flushed line a sample are all in the time. Written to ``benchmarks/results``::
 
     python benchmarks/scale.py            # all points, then the figure
     python benchmarks/scale.py --headline # 3,088 samples x three methods x 16 tokens alone
@@ -26,8 +26,8 @@ RESULTS = Path(__file__).parent / "results"
 METHODS = ("baseline", "fastv", "topv")
 #: Samples of AI2D's test split, and the tokens its task makes.
 SAMPLES, TOKENS = 3088, 16
-#: Distinct shapes of the headline. AI2D itself is not at hand; its images have 9 tile counts in memprof's sample of 43 sizes
-#: and its prompts spread over some 60 lengths, of which not all pairs occur.
+#: Distinct shapes of the headline. AI2D itself is not at hand; its images have 9 tile counts in memprof's sample of 43
+#: sizes and its prompts spread over some 60 lengths, of which not all pairs occur.
 SHAPES = 400
 MODELS = ("internvl2-2b", "internvl2-8b", "llava-1.5-13b", "internvl2-26b", "internvl2-76b")
 
