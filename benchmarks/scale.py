@@ -132,9 +132,10 @@ def main() -> None:
     results: dict[str, Any] = json.loads(file.read_text()) if file.exists() else {}
     if not args.draw:
         results["headline"] = point("internvl2-2b", SAMPLES, SHAPES)
+        file.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
         if not args.headline:
-            results["by_samples"] = [point("internvl2-2b", n, 50) for n in (50, 400, 1600, SAMPLES)]
-            results["by_distinct_shapes"] = [point("internvl2-2b", 400, n) for n in (25, 50, 100, 200, 400)]
+            results["by_samples"] = [point("internvl2-2b", n, 50) for n in (50, 800, SAMPLES)]
+            results["by_distinct_shapes"] = [point("internvl2-2b", 400, n) for n in (25, 100, 200, 400)]
             results["by_model"] = [point(model, 400, 50) for model in MODELS]
         file.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
     if "by_model" in results:

@@ -94,10 +94,21 @@ class Predictor:
         self._depth, self._meter, self._pruner, self._build, self._profile = depth, meter, pruner, build, profile
         self._depends, self._alike = depends, alike
         #: Prompts that were run to record programs.
-        self.recorded = 0
+        self._recorded = [0]  # shared by all that :meth:`under` makes
         self._programs: dict[tuple[Any, ...], Program | None] = {}
         self._unfolded: dict[tuple[Any, ...], Unfolded] = {}
-        self._form: _Form | None = None
+        self._forms: list[_Form] = []
+
+    @property
+    def recorded(self) -> int:
+        """How many prompts were recorded so far."""
+        return self._recorded[0]
+
+    def under(self, pruner: Pruner) -> Predictor:
+        """This predictor for a like ``pruner`` that keeps another share; programs are shared."""
+        twin = copy.copy(self)
+        twin._pruner = pruner
+        return twin
 
     # -- what is asked -------------------------------------------------------------------------------------------------
 
@@ -194,7 +205,7 @@ class Predictor:
 
     def _record(self, shape: PromptShape, new_tokens: int) -> Recording:
         """Profile one prompt on a model of few layers, and note where layers and selections begin."""
-        self.recorded += 1
+        self._recorded[0] += 1
         stages = self._stages(shape)
         head = (stages[-1].layer if stages else 0) + 2
         model, meter = self._build(self._recorded_depth(head))
@@ -235,7 +246,7 @@ class Predictor:
             out = select(_asking(view, asked), kept)
             if not asked:
                 gaps.append((start, len(trace.events)))
-                self._form = _Form.of(view)
+                self._forms[:] = [_Form.of(view)]
             return out
 
         object.__setattr__(twin, "stages", lambda n_visual, _: self._pruner.stages(n_visual, self._depth))
@@ -258,17 +269,19 @@ class Predictor:
         """Record the selections that the program's gaps need for a shape."""
         for n_visual, kept in self._passages(program, shape):
             if (n_visual, kept) not in program.passages:
+                if not self._forms:  # the program came from disk: one short prompt shows what a selection looks at
+                    self._record(shape, 1)
                 program.passages[n_visual, kept] = self._select(n_visual, kept)
 
     def _select(self, n_visual: int, kept: int) -> Passage:
         """What selecting ``kept`` of ``n_visual`` tokens does, run by itself."""
-        if self._form is None:
+        if not self._forms:
             raise Irregular("no selection was seen yet")
         with torch.no_grad():
-            view = self._form.view(n_visual, self._meter.weights[0])
+            view = self._forms[0].view(n_visual, self._meter.weights[0])
             ledger = Ledger("cpu", self._meter.kernels())
             ledger.ignore(value for value in vars(view).values() if isinstance(value, torch.Tensor))
-            with scopes.scope(*self._form.scope):
+            with scopes.scope(*self._forms[0].scope):
                 ledger.listen()
                 try:
                     chosen = self._pruner.select(view, kept)
@@ -309,12 +322,12 @@ class Predictor:
         try:
             data = json.loads(file.read_text(encoding="utf-8"))
             if data["schema"] == SCHEMA:
-                self._programs = {
+                self._programs |= {
                     tuple(key): None if program is None else Program.from_json(program)
                     for key, program in data["programs"]
                 }
         except (OSError, ValueError, KeyError, TypeError, IndexError, AttributeError):
-            self._programs = {}
+            self._programs.clear()
 
     def _save(self) -> None:
         """Write the programs; a cache that cannot be written is no error."""

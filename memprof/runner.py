@@ -264,16 +264,17 @@ class Bench:
         _, meter = self.ready(spec)
         if not isinstance(meter, SimMeter):
             return None
-        key = (pruner, spec.stack)
+        like = pruner.like  # what is kept is a length, not another program
+        key = (like, spec.stack)
         if key not in self._predictors:
             kinds = getattr(self.family.config(self.card).get_text_config(), "layer_types", None)
             depends = {
-                "card": dataclasses.asdict(self.card), "method": method_spec(pruner), "stack": spec.stack,
+                "card": dataclasses.asdict(self.card), "method": method_spec(like), "stack": spec.stack,
                 "dtype": spec.dtype, "attention": spec.attention, "kernels": meter.kernels().name,
                 "source": source_hash(),
             }  # fmt: skip
             self._predictors[key] = Predictor(
-                self.card.text["num_hidden_layers"], meter, pruner,
+                self.card.text["num_hidden_layers"], meter, like,
                 partial(self._of_depth, spec),
                 lambda model, meter, pruner, shape, new_tokens: self._profile(
                     model, meter, pruner, spec.stack, shape, new_tokens, spec.seed
@@ -281,7 +282,7 @@ class Bench:
                 depends,
                 alike=len(set(kinds or [""])) == 1,
             )  # fmt: skip
-        return self._predictors[key]
+        return self._predictors[key].under(pruner)
 
 
 def release(device: str) -> None:

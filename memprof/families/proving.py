@@ -55,7 +55,7 @@ _CARD = Card(
     template=(2, 1),
 )  # fmt: skip
 #: Questions asked unless told otherwise.
-_QUESTIONS = 100
+_QUESTIONS = 64
 
 
 class Proving(Family):
@@ -90,7 +90,7 @@ class Proving(Family):
         return int(card.extra["image_token_id"])
 
     def prompt(self, card: Card, question: str, shape: PromptShape, tokenizer: Tokenizer) -> list[int]:
-        """``<bos><img>``, the visual tokens, ``</img>``, the question, which ends in the ink it is about."""
+        """``<bos><img>``, the visual tokens, ``</img>``, the question; the answer follows at once."""
         image = Special(self.image_token(card), shape.visual_tokens)
         parts = (Special("<bos>"), Special("<img>"), image, Special("</img>"), question)
         return encode_parts(parts, tokenizer)
@@ -102,15 +102,15 @@ class Proving(Family):
 
     def own_label(self, task: str) -> str:
         """How :meth:`own_questions` are to be named wherever a number from them is shown."""
-        kind = "letters to choose" if task == "ai2d" else "strings to read"
+        kind = "one character to read" if task == "ai2d" else "strings to read"
         return f"proving model's own drawn questions ({kind}), in place of {task}'s"
 
     def own_questions(self, task: str, limit: int | None = None) -> Sequence[OwnQuestion]:
         """What this model can be asked in place of the bundled sample of ``task``, whose pictures it cannot read.
 
         Args:
-            task: ``ai2d`` gives choices among A to D; any other task gives strings to read.
-            limit: How many; 100 by default.
+            task: ``ai2d`` gives questions that one character answers; any other task gives strings to read.
+            limit: How many; 64 by default.
 
         Raises:
             BadValue: ``limit`` is below 1.

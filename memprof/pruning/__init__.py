@@ -64,6 +64,12 @@ class Pruner:
         """Whether the language model must run eager attention."""
         return "map" in self.needs
 
+    @property
+    def like(self) -> Pruner:
+        """The same method with the default share: how many tokens are kept changes sizes, not what is done."""
+        share = next((f for f in dataclasses.fields(self) if f.metadata.get("monotone")), None)
+        return self if share is None else dataclasses.replace(self, **{share.name: share.default})
+
     def for_stack(self, stack: str) -> Pruner:
         """This pruner with settings left to the stack filled in."""
         del stack

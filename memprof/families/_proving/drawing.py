@@ -83,11 +83,11 @@ class OwnQuestion:
 
     Attributes:
         number: Which one.
-        choice: Whether it is answered by one letter of A to D, or by the string itself.
+        last: Whether the last character is asked for, or the whole string.
     """
 
     number: int
-    choice: bool
+    last: bool
 
     @property
     def id(self) -> str:
@@ -96,9 +96,8 @@ class OwnQuestion:
 
     def question(self) -> Question:
         """What is asked, and the answer."""
-        seed = HELD_OUT + self.number
-        scene, line = draw_scene(seed), self.number % 2
-        return choice_question(scene, line, seed) if self.choice else read_question(scene, line)
+        scene, line = draw_scene(HELD_OUT + self.number), self.number % 2
+        return last_question(scene, line) if self.last else read_question(scene, line)
 
     def size(self) -> tuple[int, int]:
         """Width and height in pixels."""
@@ -132,8 +131,17 @@ def read_question(scene: Scene, line: int) -> Question:
     return Question(f"read {scene.lines[line].ink}", scene.lines[line].text, line)
 
 
+def last_question(scene: Scene, line: int) -> Question:
+    """What is the last character of the string in this ink, the others being given? One token answers."""
+    *given, last = scene.lines[line].text
+    return Question(" ".join(("read", scene.lines[line].ink, *given)), last, line)
+
+
 def choice_question(scene: Scene, line: int, seed: int) -> Question:
-    """Which of four characters does the string in this ink begin with? The other string's first is an option."""
+    """Which of four characters does the string in this ink begin with? The other string's first is an option.
+
+    Training asks it, and the shipped model did not learn it: no run does.
+    """
     rng = np.random.default_rng((seed, line))
     right, other = scene.lines[line].text[0], scene.lines[1 - line].text[0]
     wrong = [other, *(str(c) for c in rng.permutation(list(CHARACTERS)))]
