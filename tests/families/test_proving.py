@@ -12,6 +12,7 @@ import torch
 from safetensors import safe_open
 
 from memprof.analysis.fidelity import Judge
+from memprof.errors import BadValue
 from memprof.families._checkpoint import load_checkpoint
 from memprof.families._proving import SelfContained
 from memprof.families._proving.drawing import (
@@ -23,6 +24,7 @@ from memprof.families._proving.drawing import (
     SIZE,
     choice_question,
     draw_scene,
+    last_question,
     read_question,
 )
 from memprof.families._text import read_tokenizer
@@ -90,6 +92,9 @@ def test_questions_have_one_right_answer() -> None:
         for k in (0, 1):
             line = scene.lines[k]
             assert (read_question(scene, k).text, read_question(scene, k).answer) == (f"read {line.ink}", line.text)
+            last = last_question(scene, k)
+            assert last.text.split() == ["read", line.ink, *line.text[:-1]]
+            assert last.answer == line.text[-1]
             choice = choice_question(scene, k, seed)
             assert choice == choice_question(scene, k, seed)
             *listed, word, ink = choice.text.split()
@@ -140,10 +145,12 @@ def test_a_run_asks_what_training_taught(training: Any) -> None:
 
 def test_own_questions() -> None:
     assert isinstance(FAMILY, SelfContained)
-    assert len(FAMILY.own_questions("ai2d")) == 100
-    reads, choices = FAMILY.own_questions("ocrbench", 20), FAMILY.own_questions("ai2d", 20)
+    assert len(FAMILY.own_questions("ai2d")) == 64
+    reads, lasts = FAMILY.own_questions("ocrbench", 20), FAMILY.own_questions("ai2d", 20)
     assert len({own.id for own in reads}) == 20
-    assert {len(own.question().answer) for own in choices} == {1}
+    assert {len(own.question().answer) for own in lasts} == {1}
+    with pytest.raises(BadValue, match="limit"):
+        FAMILY.own_questions("ai2d", 0)
     assert {own.question().line for own in reads} == {0, 1}
     assert "own drawn questions" in FAMILY.own_label("ai2d")
 
@@ -209,7 +216,7 @@ def test_shipped_weights_are_small_and_half() -> None:
 
 def test_shipped_weights_score_what_the_report_says(training: Any, model: Any, report: dict[str, Any]) -> None:
     found = training.gates(model, 72, cuts=(), attention=False)
-    for name in ("read", "choice"):
+    for name in ("read", "last"):
         said = report["gates"][name]
         margin = 3 * (max(said * (1 - said), 0.02) / 144) ** 0.5
         assert found[name] == pytest.approx(said, abs=margin)
@@ -219,8 +226,9 @@ def test_the_gates_of_a_fair_test_bed(report: dict[str, Any]) -> None:
     gates = report["gates"]
     assert gates["read"] >= 0.90
     assert gates["read_drop2"] <= 0.02
-    assert gates["choice_drop2"] <= 0.35  # four options: chance is 0.25
+    assert gates["last_drop2"] <= 0.06  # twenty characters
     assert gates["read_drop3"] <= gates["read"] - 0.2
+    assert gates["last"] >= 0.90
     assert gates["attention_1"] > 0.10
 
 
