@@ -70,8 +70,8 @@ def by_profiler(model: Any, prompt: runner.Prompt, tokens: int) -> int:
 def by_tracker(model: Any, prompt: runner.Prompt) -> int:
     """Peak of torch's MemTracker less the weights it was told of, in bytes.
 
-    It refuses a module that runs twice (``MemTracker does not support memory tracking for multiple iterative calls``), so
-    it is asked about one new token: the prefill, in which the peak of both runs lies.
+    It refuses a module that runs twice (``MemTracker does not support memory tracking for multiple iterative calls``),
+    so it is asked about one new token: the prefill, in which the peak of both runs lies.
     """
     from torch.distributed._tools.mem_tracker import MemTracker
 

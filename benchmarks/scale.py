@@ -134,9 +134,9 @@ def main() -> None:
         results["headline"] = point("internvl2-2b", SAMPLES, SHAPES)
         file.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
         if not args.headline:
-            results["by_samples"] = [point("internvl2-2b", n, 50) for n in (50, 800, SAMPLES)]
+            results["by_samples"] = [point("internvl2-2b", n, 25) for n in (25, 800, SAMPLES)]
             results["by_distinct_shapes"] = [point("internvl2-2b", 400, n) for n in (25, 100, 200, 400)]
-            results["by_model"] = [point(model, 400, 50) for model in MODELS]
+            results["by_model"] = [point(model, 400, 25) for model in MODELS]
         file.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
     if "by_model" in results:
         draw(results)

@@ -148,7 +148,7 @@ class Predictor:
         if found is None:
             return None
         trace, unfolded = found
-        reading = read_cuda(trace, self._meter.loaded, unfolded.timeline)
+        reading = read_cuda(trace, self._meter.loaded, unfolded.timeline, self._meter.known)
         layers, marks = unfolded.caches
         nbytes = trace.nbytes
         return Forecast(

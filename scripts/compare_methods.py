@@ -31,6 +31,12 @@ KEEPS = (0.75, 0.5, 0.25, 0.125)
 #: Task and what the proving model is asked under it.
 TASKS = {"ocrbench": "strings read", "ai2d": "last characters read"}
 CONTROL = "random"
+#: TopV read otherwise than by default, one choice at a time: what its paper leaves open.
+VARIANTS = (
+    "topv:score=cost", "topv:score=sum", "topv:relax=source", "topv:relax=source,score=sum", "topv:features=l2",
+    "topv:features=l2,score=sum,marginals=norm", "topv:beta=0.0", "topv:recover=4", "topv:recover=6", "topv:layer=3",
+)  # fmt: skip
+VARIED_KEEPS = (0.5, 0.25)
 
 
 def methods() -> list[str]:
@@ -38,22 +44,26 @@ def methods() -> list[str]:
     return [name for name, cls in METHODS if "keep" in {f.name for f in dataclasses.fields(cls)}]
 
 
-def make_runs(folder: Path, samples: int, seed: int) -> dict[str, list[Run]]:
-    """All runs by task, Baseline first; what is there is taken up again."""
-    found: dict[str, list[Run]] = {}
+def make_runs(folder: Path, task: str, specs: Sequence[str], samples: int, seed: int) -> list[Run]:
+    """A run for every method spec; what is there is taken up again."""
+    found: list[Run] = []
     bench: Bench | None = None
-    for task in TASKS:
-        judge = Judge()
-        for method in ["baseline", *(f"{name}:keep={keep}" for name in methods() for keep in KEEPS)]:
-            spec = RunSpec(
-                model="proving", method=method, task=task, device="cpu", dtype="float32", limit=samples,
-                max_new_tokens=8, seed=seed,
-            )  # fmt: skip
-            bench = bench or Bench(spec)
-            path = folder / task / method.replace(":", "_")
-            found.setdefault(task, []).append(run(spec, path, bench=bench, resume=path.exists(), judge=judge))
-            print(task, method, row(found[task][-1], found[task][0], None)["accuracy"]["mean"], flush=True)
+    judge = Judge()
+    for method in specs:
+        spec = RunSpec(
+            model="proving", method=method, task=task, device="cpu", dtype="float32", limit=samples, max_new_tokens=8,
+            seed=seed,
+        )  # fmt: skip
+        bench = bench or Bench(spec)
+        path = folder / task / method.replace(":", "_")
+        found.append(run(spec, path, bench=bench, resume=path.exists(), judge=judge))
+        print(task, method, bootstrap(s.score or 0.0 for s in found[-1].finished).mean, flush=True)
     return found
+
+
+def with_budget(specs: Sequence[str], keeps: Sequence[float]) -> list[str]:
+    """Each of ``specs`` at each of ``keeps``."""
+    return [f"{spec}{',' if ':' in spec else ':'}keep={keep}" for spec in specs for keep in keeps]
 
 
 def row(run: Run, baseline: Run, control: Run | None) -> dict[str, Any]:
@@ -88,8 +98,8 @@ def study(runs: Sequence[Run]) -> list[dict[str, Any]]:
     return [row(r, runs[0], controls.get(facts.keep_of(r))) for r in runs]
 
 
-def table(rows: Sequence[dict[str, Any]]) -> str:
-    """Markdown, one line a method and budget."""
+def table(rows: Sequence[dict[str, Any]], *, settings: bool = False) -> str:
+    """Markdown, one line a method and budget; with ``settings`` methods are named by their whole spec."""
 
     def spread(value: dict[str, float], scale: float = 100, digits: int = 0) -> str:
         mean, low, high = (f"{scale * value[k]:.{digits}f}" for k in ("mean", "low", "high"))
@@ -104,7 +114,7 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
         over = it["accuracy_minus_random"]
         cells = (
             f"{it['keep']:g} / {1 - it['keep']:g}",
-            METHODS.load(it["method"]).title,
+            f"`{it['spec']}`" if settings else METHODS.load(it["method"]).title,
             f"{100 * it['visual_flops_cut']:.0f} %",
             spread(it["accuracy"]),
             spread(over) if over and it["method"] != CONTROL else "",
@@ -162,10 +172,18 @@ def main() -> None:
     parser.add_argument("--runs", type=Path, default=Path("runs/compare"))
     parser.add_argument("--samples", type=int, default=200)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--only", choices=tuple(TASKS), help="make the runs of one task, in a process of its own")
     given = parser.parse_args()
     torch.set_num_threads(1)
     gc.freeze()  # a run collects garbage before every sample: let it not walk through all of transformers
-    runs = make_runs(given.runs, given.samples, given.seed)
+    chosen = [t for t in TASKS if given.only in (None, t)]
+    specs = ["baseline", *with_budget(methods(), KEEPS)]
+    runs = {task: make_runs(given.runs, task, specs, given.samples, given.seed) for task in chosen}
+    first = next(iter(TASKS))
+    varied = ["baseline", *with_budget(("random", "topv", *VARIANTS), VARIED_KEEPS)]
+    variants = make_runs(given.runs, first, varied, given.samples, given.seed) if given.only != first else []
+    if given.only:
+        return
     rows = [line for found in runs.values() for line in study(found)]
     every = [one for found in runs.values() for one in found]
     data = {
@@ -174,10 +192,12 @@ def main() -> None:
         "title": "Token pruning on the proving model's own questions",
         "provenance": facts.provenance(every) | {"methods": ["bars: 95 % bootstrap intervals"]},
         "rows": rows,
+        "topv_variants": study(variants),
     }
     given.out.mkdir(parents=True, exist_ok=True)
     (given.out / "compare_methods.json").write_text(json.dumps(data, indent=1, ensure_ascii=False) + "\n")
     text = "\n".join(f"## {title}\n\n{table([r for r in rows if r['task'] == task])}" for task, title in TASKS.items())
+    text += f"\n## TopV read otherwise ({TASKS[first]})\n\n{table(data['topv_variants'], settings=True)}"
     (given.out / "compare_methods.md").write_text(text)
     look = Look.of(width="double", unit="MiB")
     with look.settings():

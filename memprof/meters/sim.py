@@ -21,7 +21,7 @@ from memprof.simulator.cards import (
     find_card,
 )
 from memprof.simulator.kernels import Kernels
-from memprof.simulator.replay import Reading, read_cuda
+from memprof.simulator.replay import Known, Reading, read_cuda
 from memprof.simulator.trace import Trace
 from memprof.simulator.weightless import RealScores
 
@@ -50,6 +50,8 @@ class SimMeter(TracedMeter):
         if any(isinstance(module, nn.Linear) and module.bias is not None for module in model.modules()):
             self._load("cuBLASLt's workspace", cublaslt_workspace_bytes(card))
         self.workspace_bytes = self.loaded.allocated - before
+        #: What readings learn from each other.
+        self.known = Known(self.loaded)
         self._scores = RealScores(model.get_output_embeddings().weight.shape[0])  # type: ignore[operator]
         self.weights.append(self._scores.scores)
 
@@ -107,4 +109,4 @@ class SimMeter(TracedMeter):
 
     def read(self, trace: Trace) -> Reading:
         """Bytes as the caching allocator would hold them."""
-        return read_cuda(trace, self.loaded)
+        return read_cuda(trace, self.loaded, known=self.known)

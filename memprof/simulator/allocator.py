@@ -309,6 +309,10 @@ class FreeBlock:
 SegmentHook = Callable[[str, int, int], None]
 
 
+#: Address, and ``(bytes, handed out)`` of each block from there upwards, one entry a segment.
+Segments = tuple[tuple[int, tuple[tuple[int, bool | None], ...]], ...]
+
+
 class _Pool:
     """The free blocks of one size class on one stream, by size and then address; the last entry is the sentinel."""
 
@@ -430,6 +434,22 @@ class CachingAllocator:
             for block in pool.blocks[:-1]
         ]
 
+    def segments(self, *, small: bool) -> Segments:
+        """The segments of one size class as they stand, in a form that :meth:`adopt` takes."""
+        home = {pool.index for pool in self._pools if pool.small == small}
+        free = [block for pool in self._pools if pool.small == small for block in pool.blocks[:-1]]
+        live = [block for block in self._at.values() if self._home[block] in home]
+        found = []
+        for block in [*free, *live]:
+            if self._before[block]:
+                continue
+            address, blocks = self._address[block], list[tuple[int, bool | None]]()
+            while block:
+                blocks.append((self._size[block], not self._room[block]))
+                block = self._after[block]
+            found.append((address, tuple(blocks)))
+        return tuple(sorted(found))
+
     def reset_peaks(self) -> None:
         """Let both peaks start again from what is held now."""
         self._peak_allocated, self._peak_reserved = self._allocated, self._reserved
@@ -460,6 +480,7 @@ class CachingAllocator:
         sizes: Sequence[int] | npt.NDArray[np.int64],
         windows: Sequence[int] = (),
         stream: Hashable = 0,
+        held: Sequence[int] = (),
     ) -> Replay:
         """Run a whole program: the order of events is one thing, their sizes another, so many sizes share one order.
 
@@ -468,10 +489,12 @@ class CachingAllocator:
         bytes do nothing. ``windows`` are the event indices at which a new window begins (ascending; the first begins at
         event 0 anyway). Pass ``order`` as a list: it is read as it is. A refusal is an answer here, not an error: see
         :attr:`Replay.refused`.
+
+        ``held`` are addresses handed out before: they are the first numbers, and their sizes say nothing.
         """
         wants = self.settings.round_sizes(sizes)
         events = order if isinstance(order, list | tuple) else [int(k) for k in order]
-        live = [0] * len(wants)
+        live = [self._at.pop(address) for address in held] + [0] * (len(wants) - len(held))
         bounds = [0, *windows, len(events)]
         peaks, ends, reserved_peaks, reserved_ends, peak_events = [], [], [], [], []
         refused_event = None
@@ -490,9 +513,9 @@ class CachingAllocator:
             peak_events.append(-1 if number < 0 else events.index(number, start, stop))
             if refused_event is not None:
                 break
-        held = [number for number, block in enumerate(live) if block]
-        left = {number: self._address[live[number]] for number in held}
-        self._at.update((left[number], live[number]) for number in held)
+        kept = [number for number, block in enumerate(live) if block]
+        left = {number: self._address[live[number]] for number in kept}
+        self._at.update((left[number], live[number]) for number in kept)
         return Replay(
             tuple(peaks), tuple(ends), tuple(reserved_peaks), tuple(reserved_ends), tuple(peak_events), wants, left,
             self.refused, refused_event,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Hashable
 from dataclasses import dataclass, field
+from hashlib import blake2b
 from itertools import pairwise
 
 import numpy as np
@@ -59,8 +60,6 @@ class Timeline:
 
     def __init__(self, trace: Trace) -> None:
         self.marks, self.phases = trace.marks, trace.phases
-        #: How the small pool grew, by all that decides it: shapes of one program often share their small tensors.
-        self.known: dict[Hashable, list[int]] = {}
         self.events = np.asarray(trace.events[: trace.marks[-1]] if trace.marks else trace.events, dtype=np.int64)
         self.born = self.events >= 0
         self.slots = np.where(self.born, self.events, ~self.events)
@@ -95,15 +94,19 @@ def read_plain(trace: Trace, static_bytes: int, rounding: int = 1) -> Reading:
     return reading
 
 
-def read_cuda(trace: Trace, start: CachingAllocator, line: Timeline | None = None) -> Reading:
+def read_cuda(
+    trace: Trace, start: CachingAllocator, line: Timeline | None = None, known: Known | None = None
+) -> Reading:
     """Read ``trace`` as the caching allocator would have served it, beginning from the state ``start`` (left as it is).
 
     Allocated bytes are those of blocks, as the allocator's own counter has them: a request rounded up, and what was
-    too little to split off. ``line`` is the trace's timeline, where the caller has it.
+    too little to split off. ``line`` is the trace's timeline and ``known`` what was learnt from readings before that
+    began from the same state, where the caller has them.
     """
     line = line or Timeline(trace)
+    known = known or Known(start)
     wants: Ints = np.asarray(start.settings.round_sizes(trace.nbytes), dtype=np.int64)
-    by_pool = _serve_by_pool(line, wants, start)
+    by_pool = _serve_by_pool(line, wants, start, known)
     if by_pool is not None:
         granted, reserved = by_pool
         reading = _read(trace, line, granted, line.level(granted, start.allocated))
@@ -117,7 +120,7 @@ def read_cuda(trace: Trace, start: CachingAllocator, line: Timeline | None = Non
     return reading
 
 
-def _serve_by_pool(line: Timeline, wants: Ints, start: CachingAllocator) -> tuple[Ints, list[int]] | None:
+def _serve_by_pool(line: Timeline, wants: Ints, start: CachingAllocator, known: Known) -> tuple[Ints, list[int]] | None:
     """Bytes of the block each slot gets, and the highest reserved bytes of each token.
 
     Until the driver refuses, the small and the large pool do not know of each other, so each is served alone; None
@@ -127,7 +130,7 @@ def _serve_by_pool(line: Timeline, wants: Ints, start: CachingAllocator) -> tupl
         return None
     large = _Share(line, wants, wants > SMALL_LIMIT)
     served = start.unlimited().replay(large.order, large.wants, large.ends[:-1].tolist())
-    small = _small_growth(_Share(line, wants, (wants <= SMALL_LIMIT) & (wants > 0)), start, line.known)
+    small = _small_growth(_Share(line, wants, (wants <= SMALL_LIMIT) & (wants > 0)), known)
     # Without pressure nothing goes back, so a token's highest is what is reserved at its end.
     reserved = [a + b for a, b in zip(served.reserved, small, strict=True)]
     limit = start.limit_bytes
@@ -160,34 +163,84 @@ class _Share:
         self.ends = np.searchsorted(at, line.marks or [len(line.events)])
 
 
-def _small_growth(small: _Share, start: CachingAllocator, known: dict[Hashable, list[int]]) -> list[int]:
+class SmallPool:
+    """The small pool at one instant, and where the blocks are that a trace still holds, by birth."""
+
+    __slots__ = ("allocator", "gaps", "held", "key")
+
+    def __init__(self, allocator: CachingAllocator, held: tuple[int, ...] = ()) -> None:
+        self.allocator, self.held = allocator, held
+        #: Bytes and address of the free blocks, largest first.
+        self.gaps = sorted(((b.size, b.address) for b in allocator.free_blocks() if b.small), reverse=True)
+        #: All that decides what comes next.
+        self.key = *self.gaps, *held
+
+    def after(self, order: list[int], wants: list[int]) -> SmallPool:
+        """The pool after a token's events; the blocks held are the first numbers in ``order``."""
+        allocator = self.allocator.copy()
+        return SmallPool(allocator, tuple(allocator.replay(order, wants, held=self.held).left.values()))
+
+
+class Known:
+    """What readings that begin from one state learn from each other: how tokens left the small pool."""
+
+    #: How many pools are kept, about 25 kB each.
+    MOST = 8192
+
+    def __init__(self, start: CachingAllocator) -> None:
+        allocator = CachingAllocator()
+        for address, blocks in start.segments(small=True):
+            allocator.adopt(address, blocks, small=True)
+        self.start = SmallPool(allocator)
+        self._after: dict[tuple[Hashable, bytes], SmallPool] = {}
+
+    def after(self, pool: SmallPool, order: Ints, wants: Ints, held: int) -> SmallPool:
+        """The pool after a token's events, the first ``held`` numbers in them being those it holds."""
+        key = pool.key, blake2b(order.tobytes() + wants.tobytes(), digest_size=16).digest()
+        if key not in self._after:
+            if len(self._after) >= self.MOST:
+                self._after.clear()
+            self._after[key] = pool.after(order.tolist(), [*[0] * held, *wants.tolist()])
+        return self._after[key]
+
+
+def _small_growth(small: _Share, known: Known) -> list[int]:
     """Bytes by which the small pool has grown at the end of each token.
 
     The rest of a small block is always split off, so blocks are as large as what was asked for, and only the number
-    of segments is in question. Behind the first token it is mostly settled without a replay, by pigeonholes: ``n``
-    blocks born since cut ``m`` gaps into at most ``n + m``, so while the bytes left in those gaps are that many times
-    what is asked for, one of them is large enough wherever the blocks lie. And what does not settle it often is the
-    same as for a shape before.
+    of segments is in question. Two things spare most of the replaying. Pigeonholes: ``n`` blocks born since cut ``m``
+    gaps into at most ``n + m``, so while the bytes left in those gaps are that many times what is asked for, one of
+    them is large enough wherever the blocks lie. And memory: a token that finds the pool as another one did, and asks
+    for the same, leaves it alike; that happens from step to step, from shape to shape and from method to method.
     """
-    stop, allocator = int(small.ends[0]), start.unlimited()
-    served = allocator.replay(small.order[:stop], small.wants)
-    grown = served.reserved[0] - start.reserved
-    gaps = sorted(((b.size, b.address) for b in allocator.free_blocks() if b.small), reverse=True)
+    pool, growth, begin, first = known.start, list[int](), 0, 0
+    before = pool.allocator.reserved
+    alive = np.zeros(0, dtype=np.int64)  # the numbers that ``pool.held`` are the addresses of
+    for stop in small.ends.tolist():
+        born, numbers = small.born[begin:stop], small.numbers[begin:stop]
+        last = first + int(np.count_nonzero(born))
+        local = np.where(numbers >= first, numbers - first + len(alive), np.searchsorted(alive, numbers))
+        pool = known.after(pool, np.where(born, local, ~local), small.wants[first:last], len(alive))
+        growth.append(pool.allocator.reserved - before)
+        if len(growth) == 1 and _settled(small, stop, [size for size, _ in pool.gaps]):
+            return growth * len(small.ends)
+        alive = np.concatenate((alive, np.arange(first, last)))
+        alive = alive[~np.isin(alive, numbers[~born])]
+        begin, first = stop, last
+    return growth
+
+
+def _settled(small: _Share, stop: int, gaps: list[int]) -> bool:
+    """Whether pigeonholes say that every request from event ``stop`` on finds room in the gaps there are."""
     born, numbers = small.born[stop:], small.numbers[stop:]
-    first, want = int(np.count_nonzero(small.born[:stop])), small.wants[numbers]
-    change = np.where(born, 1, -1) * (numbers >= first)
+    want = small.wants[numbers]
+    change = np.where(born, 1, -1) * (numbers >= np.count_nonzero(small.born[:stop]))
     blocks, n_bytes = np.cumsum(change) - change, np.cumsum(change * want) - change * want
     settled, room = ~born, 0
-    for number, (gap, _) in enumerate(gaps, start=1):
+    for number, gap in enumerate(gaps, start=1):
         room += gap
         settled |= room - n_bytes >= want * (blocks + number)
-    if settled.all():
-        return [grown] * len(small.ends)
-    key = start, *gaps, *served.left.items(), small.wants[first:].tobytes()
-    if key not in known:
-        served = start.unlimited().replay(small.order, small.wants, small.ends[:-1].tolist())
-        known[key] = [reserved - start.reserved - grown for reserved in served.reserved]
-    return [grown + more for more in known[key]]
+    return bool(settled.all())
 
 
 def _read(trace: Trace, line: Timeline, sizes: Ints, level: Ints, refused: int | None = None) -> Reading:

@@ -133,8 +133,8 @@ def read_question(scene: Scene, line: int) -> Question:
 
 def last_question(scene: Scene, line: int) -> Question:
     """What is the last character of the string in this ink, the others being given? One token answers."""
-    *given, last = scene.lines[line].text
-    return Question(" ".join(("read", scene.lines[line].ink, *given)), last, line)
+    text = scene.lines[line].text
+    return Question(" ".join(("read", scene.lines[line].ink, *text[:-1])), text[-1], line)
 
 
 def choice_question(scene: Scene, line: int, seed: int) -> Question:
