@@ -23,12 +23,21 @@ PARTS: tuple[str, ...] = (
 )  # fmt: skip
 
 
+def _plain(value: Any) -> Any:
+    """``value`` with records as dicts; lists of numbers are taken as they are, since copying each is most of the cost."""
+    if isinstance(value, _Record):
+        return value.to_json()
+    if isinstance(value, list) and value and isinstance(value[0], _Record):
+        return [item.to_json() for item in value]
+    return value
+
+
 class _Record:
     """Shared by the records: to a JSON-ready dict and back, ignoring keys of later versions."""
 
     def to_json(self) -> dict[str, Any]:
         """This record as plain dicts and lists."""
-        return dataclasses.asdict(self)  # type: ignore[call-overload, no-any-return]
+        return {name: _plain(value) for name, value in vars(self).items()}
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> Self:

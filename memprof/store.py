@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import time
 from collections.abc import Iterable
 from dataclasses import replace
 from itertools import zip_longest
@@ -34,6 +35,7 @@ class RunFolder:
     def __init__(self, path: Path, record: RunRecord, samples: list[SampleRecord]) -> None:
         self.path, self.record, self.samples = path, record, samples
         self._lines = (path / SAMPLES_FILE).open("a", encoding="utf-8")
+        self._synced = 0.0
 
     @classmethod
     def open(cls, path: Path, record: RunRecord, *, resume: bool = False, force: bool = False) -> RunFolder:
@@ -68,6 +70,7 @@ class RunFolder:
         return self
 
     def __exit__(self, *_: object) -> None:
+        os.fsync(self._lines.fileno())
         self._lines.close()
 
     @property
@@ -76,10 +79,12 @@ class RunFolder:
         return {s.id for s in self.samples}
 
     def append(self, sample: SampleRecord) -> None:
-        """Write one line and flush it to the disk."""
+        """Write one line and flush it: a killed process loses none. The disk is waited for once a second at most."""
         self._lines.write(json.dumps(sample.to_json(), ensure_ascii=False) + "\n")
         self._lines.flush()
-        os.fsync(self._lines.fileno())
+        if time.monotonic() - self._synced > 1:
+            os.fsync(self._lines.fileno())
+            self._synced = time.monotonic()
         self.samples.append(sample)
 
     def save(self) -> None:
