@@ -24,7 +24,7 @@ PARTS: tuple[str, ...] = (
 
 
 def _plain(value: Any) -> Any:
-    """``value`` with records as dicts; lists of numbers are taken as they are, since copying each is most of the cost."""
+    """``value`` with records as dicts; lists of numbers stay as they are, since copying each is most of the cost."""
     if isinstance(value, _Record):
         return value.to_json()
     if isinstance(value, list) and value and isinstance(value[0], _Record):
