@@ -54,7 +54,10 @@ def make_runs(folder: Path, task: str, specs: Sequence[str], samples: int, seed:
             model="proving", method=method, task=task, device="cpu", dtype="float32", limit=samples, max_new_tokens=8,
             seed=seed,
         )  # fmt: skip
-        bench = bench or Bench(spec)
+        if bench is None:
+            bench = Bench(spec)
+            bench.ready(spec)
+            gc.freeze()  # a run collects garbage before every sample: let it not walk through all of transformers
         path = folder / task / method.replace(":", "_")
         found.append(run(spec, path, bench=bench, resume=path.exists(), judge=judge))
         print(task, method, bootstrap(s.score or 0.0 for s in found[-1].finished).mean, flush=True)
@@ -175,7 +178,6 @@ def main() -> None:
     parser.add_argument("--only", choices=tuple(TASKS), help="make the runs of one task, in a process of its own")
     given = parser.parse_args()
     torch.set_num_threads(1)
-    gc.freeze()  # a run collects garbage before every sample: let it not walk through all of transformers
     chosen = [t for t in TASKS if given.only in (None, t)]
     specs = ["baseline", *with_budget(methods(), KEEPS)]
     runs = {task: make_runs(given.runs, task, specs, given.samples, given.seed) for task in chosen}
