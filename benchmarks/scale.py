@@ -105,10 +105,10 @@ def draw(results: dict[str, Any]) -> None:
             x = [p[key] for p in points] if key != "model" else range(len(points))
             axis.plot(x, [p["cpu_seconds"] for p in points], marker="o", markersize=3, color=method_colour("topv"))
             axis.set_xlabel(label)
-            axis.set_ylim(bottom=0)
             if key == "model":
                 axis.set_xticks(list(x), [p["model"].replace("-", "-\n", 1) for p in points], fontsize=5)
         axes[0].set_ylabel("seconds of CPU, 3 methods")
+        axes[0].set_ylim(0, 1.1 * max(p["cpu_seconds"] for key, _ in panels for p in results["by_" + key]))
         figure.suptitle(
             f"Predicting {TOKENS} tokens under three methods, nothing cached: cost follows distinct shapes", fontsize=8
         )
