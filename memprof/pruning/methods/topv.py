@@ -28,7 +28,7 @@ class TopV(OneCut):
     Left open, and chosen by memprof: norms, marginals, order and relaxation of the transport, how importance is read,
     several tiles. The defaults ranked best on a small model trained to read strings in clutter (keep 0.5: 92.5 % exact
     match against 92.8 % unpruned and 77 % for the best control): unit vectors, a plan balanced by rows then columns,
-    importance = the most a token sends to ONE target, no recovery. On the proving model that ships with memprof they are
+    importance = the most a token sends to ONE target, no recovery. On the proving model that memprof ships they are
     NOT the best: at keep 0.25 ``score=cost``, without transport, reads 65 % of the strings, ``score=sum`` 60 % and
     the default 49 % (``plots/compare_methods.md``, 100 questions). Two models do not settle it: all readings stay
     selectable. Tokens of all tiles have their place on the whole image
