@@ -105,6 +105,8 @@ class SampleRecord(_Record):
         peak_phase: ``vision``, ``prefill`` or ``decode``.
         vision_peak_bytes: Highest allocated bytes while the vision encoder ran.
         peak_parts: Dynamic bytes of each part at the highest instant; they sum to ``dynamic_peak_bytes``.
+        token_parts: Dynamic bytes of each part at each token's own highest instant, one entry a token; they sum to the
+            token's ``peak_allocated_bytes`` less static bytes. Parts that are zero throughout are left out.
         peak_holders: The largest tensors alive at that instant.
         dynamic_peak_bytes: Highest allocated bytes minus the run's static bytes.
         fidelity: Agreement with the unpruned run on the same inputs, where weights are real.
@@ -130,6 +132,7 @@ class SampleRecord(_Record):
     peak_phase: str = ""
     vision_peak_bytes: int = 0
     peak_parts: dict[str, int] = field(default_factory=dict)
+    token_parts: dict[str, list[int]] = field(default_factory=dict)
     peak_holders: list[Holder] = field(default_factory=list)
     dynamic_peak_bytes: int = 0
     fidelity: dict[str, float] | None = None

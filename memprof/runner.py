@@ -133,6 +133,7 @@ def _peak(reading: Reading) -> dict[str, Any]:
         "peak_phase": reading.peak_phase,
         "vision_peak_bytes": reading.vision_peak_bytes,
         "peak_parts": reading.parts,
+        "token_parts": reading.token_parts,
         "peak_holders": reading.holders,
         "dynamic_peak_bytes": sum(reading.parts.values()),
     }

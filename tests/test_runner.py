@@ -58,6 +58,11 @@ def test_parts_sum_to_the_dynamic_peak(paper: dict[str, Run]) -> None:
         assert set(sample.peak_parts) == set(PARTS)
         assert sum(sample.peak_parts.values()) == sample.dynamic_peak_bytes
         assert sample.peak_parts["unexplained"] == 0
+        static = one.record.static_bytes
+        rows = [sum(row) for row in zip(*sample.token_parts.values(), strict=True)]
+        assert rows == [peak - static for peak in sample.tokens.peak_allocated_bytes]
+        at_peak = {part: column[sample.peak_token] for part, column in sample.token_parts.items()}
+        assert at_peak == {part: n for part, n in sample.peak_parts.items() if part in at_peak}
 
 
 def test_the_papers_order_of_methods(paper: dict[str, Run]) -> None:

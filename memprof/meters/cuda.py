@@ -220,10 +220,14 @@ class CudaMeter(Meter):
         if spans:
             top = max(spans, key=lambda span: span.peaks.peak_allocated)
             reading.peak_token, reading.peak_phase = top.token, top.phase
-            if trace is not None:
-                traced = read_plain(_only(trace, top), static, BLOCK_BYTES)
-                reading.parts, reading.holders = reading.parts | traced.parts, traced.holders
-            reading.parts["unexplained"] = top.peaks.peak_allocated - static - sum(reading.parts.values())
+            highest = dict[int, _Span]()  # of each token
+            for span in spans:
+                if span.token not in highest or span.peaks.peak_allocated > highest[span.token].peaks.peak_allocated:
+                    highest[span.token] = span
+            said = {token: _explain(span, trace, static) for token, span in highest.items()}
+            reading.parts, reading.holders = said[top.token].parts, said[top.token].holders
+            columns = {part: [one.parts[part] for one in said.values()] for part in PARTS}
+            reading.token_parts = {part: column for part, column in columns.items() if any(column)}
         seen = [span.peaks.peak_allocated for span in spans if span.phase == "vision"]
         reading.vision_peak_bytes = max(seen, default=0)
         return reading
@@ -245,6 +249,16 @@ class _Span(NamedTuple):
     token: int
     phase: str
     peaks: Counters
+
+
+def _explain(span: _Span, trace: Trace | None, static: int) -> Reading:
+    """Parts and holders at the highest instant the ledger saw in ``span``; what the counters say beyond that is
+    ``unexplained``.
+    """
+    said = read_plain(_only(trace, span), static, BLOCK_BYTES) if trace is not None else Reading()
+    said.parts = dict.fromkeys(PARTS, 0) | said.parts
+    said.parts["unexplained"] = span.peaks.peak_allocated - static - sum(said.parts.values())
+    return said
 
 
 def _only(trace: Trace, span: _Span) -> Trace:

@@ -17,6 +17,8 @@ from memprof.simulator.trace import Trace
 #: How many of the largest tensors at the peak a record keeps.
 LARGEST = 24
 
+_PART_NUMBER = {part: number for number, part in enumerate(PARTS)}
+
 Ints = npt.NDArray[np.int64]
 
 
@@ -31,6 +33,8 @@ class Reading:
         peak_phase: Its phase.
         vision_peak_bytes: Highest allocated bytes in phase ``vision``; 0 where there was none.
         parts: Bytes above static at that instant, by part.
+        token_parts: The same at each token's own highest instant, one entry a token; without parts that are zero
+            throughout.
         holders: The largest tensors alive then, biggest first.
         refused: The allocation a card of the given size would have refused, in words, or None. Then the columns end
             with the last token that was done before, and the instant is that of the refusal.
@@ -44,6 +48,7 @@ class Reading:
     peak_phase: str = ""
     vision_peak_bytes: int = 0
     parts: dict[str, int] = field(default_factory=dict)
+    token_parts: dict[str, list[int]] = field(default_factory=dict)
     holders: list[Holder] = field(default_factory=list)
     refused: str | None = None
 
@@ -56,6 +61,7 @@ class Timeline:
         slots: The slot each is about, ``(events,)``.
         born: Whether it is a birth, ``(events,)``.
         birth, death: Event number of each slot's birth and death, ``(slots,)``; past the end where there was none.
+        owner: Number of each slot's part in :data:`PARTS`, ``(slots,)``.
     """
 
     def __init__(self, trace: Trace) -> None:
@@ -69,6 +75,7 @@ class Timeline:
         self.birth[self.slots[at]] = at
         (at,) = np.nonzero(~self.born)
         self.death[self.slots[at]] = at
+        self.owner = np.array([_PART_NUMBER[part] for part in trace.parts], dtype=np.int64)
 
     def level(self, sizes: Ints, start: int = 0) -> Ints:
         """Bytes held before each event and after the last, given each slot's bytes: ``(events + 1,)``."""
@@ -246,9 +253,12 @@ def _settled(small: _Share, stop: int, gaps: list[int]) -> bool:
 def _read(trace: Trace, line: Timeline, sizes: Ints, level: Ints, refused: int | None = None) -> Reading:
     """Levels by token and phase, and the highest instant; up to event number ``refused``, if one was."""
     reading, last = Reading(), len(line.events) if refused is None else refused
+    tops = list[int]()
     for begin, stop in pairwise([0, *(mark for mark in line.marks if mark <= last)]):
-        reading.peak_allocated_bytes.append(int(level[begin : stop + 1].max()))
+        tops.append(begin + int(np.argmax(level[begin : stop + 1])))
+        reading.peak_allocated_bytes.append(int(level[tops[-1]]))
         reading.allocated_bytes.append(int(level[stop]))
+    reading.token_parts = _parts_after(line, sizes, tops)
     reading.device_used_bytes = [None] * len(reading.allocated_bytes)
     reading.vision_peak_bytes = max(
         (int(level[begin : min(stop, last) + 1].max()) for begin, stop in line.vision() if begin < min(stop, last)),
@@ -258,6 +268,22 @@ def _read(trace: Trace, line: Timeline, sizes: Ints, level: Ints, refused: int |
     if top:
         _read_peak(reading, trace, line, sizes, top - 1)
     return reading
+
+
+def _parts_after(line: Timeline, sizes: Ints, counts: list[int]) -> dict[str, list[int]]:
+    """Bytes each part holds after so many events, for every one of ``counts`` (rising); parts that never hold any are
+    left out.
+    """
+    held, rows, begin = np.zeros(len(PARTS), dtype=np.int64), list[Ints](), 0
+    for count in counts:
+        slots = line.slots[begin:count]
+        change = np.where(line.born[begin:count], sizes[slots], -sizes[slots])
+        # As float64, exact below 2^53 bytes.
+        held = held + np.bincount(line.owner[slots], change, len(PARTS)).astype(np.int64)
+        rows.append(held)
+        begin = count
+    columns = np.array(rows, dtype=np.int64).reshape(-1, len(PARTS)).T.tolist()
+    return {part: column for part, column in zip(PARTS, columns, strict=True) if any(column)}
 
 
 def _read_peak(reading: Reading, trace: Trace, line: Timeline, sizes: Ints, event: int) -> None:

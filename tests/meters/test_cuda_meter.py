@@ -99,6 +99,10 @@ def card(monkeypatch: pytest.MonkeyPatch) -> Iterator[Card]:
     assert not PeakCounter._open, "every window gave the counters back"
 
 
+def sums(columns: dict[str, list[int]]) -> list[int]:
+    return [sum(row) for row in zip(*columns.values(), strict=True)]
+
+
 def measured(card: Card, attribution: str, tokens: int = 4, hook: Any = None) -> tuple[Profiler, Reading, Any]:
     kind, about, model = tiny_model("internvl")
     prompt, meter = tiny_prompt(kind, about), PlayedMeter(model, attribution)
@@ -133,10 +137,13 @@ def test_counters_are_the_truth_and_parts_sum_to_them(card: Card, attribution: s
     assert STATIC < reading.vision_peak_bytes <= top
     assert set(reading.parts) == set(PARTS)
     assert sum(reading.parts.values()) == top - STATIC
+    assert sums(reading.token_parts) == [peak - STATIC for peak in reading.peak_allocated_bytes]
     if attribution == "none":
         assert reading.parts["unexplained"] == top - STATIC
     else:
         assert reading.parts == true.parts
+        prefill, truly = ({p: c[0] for p, c in r.token_parts.items() if c[0]} for r in (reading, true))
+        assert prefill == truly
         assert [vars(h) for h in reading.holders] == [vars(h) for h in true.holders]
         assert reading.parts["unexplained"] == 0
 
