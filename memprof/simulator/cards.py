@@ -11,6 +11,7 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from difflib import get_close_matches
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -143,8 +144,17 @@ def _split_sums(lengths: Sequence[int], head: bool) -> int:
     return 0 if splits == 1 else 4 * splits * batch * heads * queries * (rounded if head else 1)
 
 
+def _padded_mask(lengths: Sequence[int]) -> int:
+    """Bytes of an attention mask copied to rows of a multiple of 8 numbers, from ``(bytes of one, ..., columns)``; none
+    where the rows are one already.
+    """
+    columns = lengths[-1]
+    return 0 if columns % 8 == 0 else prod(lengths[:-1]) * (columns + 8 - columns % 8)
+
+
 #: Bytes of the temporaries whose size is no product of lengths, from the lengths that stand for their shape.
 RULES: dict[str, Callable[[Sequence[int]], int]] = {
+    "cuda:pad_bias": _padded_mask,
     "cuda:flash split logsumexp": lambda lengths: _split_sums(lengths, head=False),
     "cuda:flash split output": lambda lengths: _split_sums(lengths, head=True),
 }

@@ -14,12 +14,14 @@ cuDNN      first on compute capability 9.x and 10.x, half logsumexp only under a
 flash      half types, capability 8.0 on, no mask, head   logsumexp float32 ``(b, h, q)``; random state and offset
            dim up to 256, not causal unless square        (512 B each); with few queries the split sums, below
 efficient  what is left, half types or float32, head dim  a boolean mask as numbers; a mask whose rows are no multiple
-           a multiple of 8 (float32: 4)                   of 8 once more, padded (``pad_bias``); no logsumexp
+           a multiple of 8 (float32: 4)                   of 8 once more (``cuda:pad_bias``); no logsumexp
 math       what is left                                   everything: the operators themselves are recorded
 ========== ============================================== ===========================================================
 
-**Temporaries**, alive while an operator's results are made (:meth:`Kernels.temporaries`):
+**Temporaries**, alive while an operator runs, made before its results (:meth:`Kernels.copies`) or after them
+(:meth:`Kernels.temporaries`):
 
+* ``cuda:pad_bias``: the efficient kernel's mask, its rows padded to a multiple of 8 (``pad_bias``, ``attention.cpp``);
 * ``cuda:masked_scatter``: the prefix sum, int64 as large as the result, and the mask made contiguous
   (``masked_scatter__cuda`` in ``native/cuda/IndexKernel.cpp``, ``launch_masked_scatter_kernel`` in ``IndexKernel.cu``);
 * ``cuda:flash``: where the keys are cut to fill the card, the partial sums and outputs (``set_params_splitkv`` in
@@ -92,6 +94,20 @@ class Kernels:
     def dispatch(self) -> TorchFunctionMode:
         """A mode in which functions that choose their operators by device choose as on the card."""
         return _Dispatch(self.card)
+
+    def copies(self, func: Any, args: Any) -> Iterator[Temporary]:
+        """What ``func`` makes of its arguments before its results, in order of allocation."""
+        if func is aten._scaled_dot_product_efficient_attention.default and args[3] is not None:
+            strides = args[3].stride()
+            shape = tuple(1 if not step else n for n, step in zip(args[3].shape, strides, strict=True))
+            columns = shape[-1]
+            if strides[-1] == 1 and strides[-2] in (0, columns):
+                # An entry in any case, with no bytes where nothing is padded: so the events are alike at all lengths.
+                yield Temporary("cuda:pad_bias", (args[3].element_size(), *shape), "uint8")
+            elif strides[-1] != 1 or any(step % 8 for step in strides[:-1]):
+                yield Temporary(
+                    "cuda:pad_bias of a view", (*shape[:-1], columns + 8 - columns % 8), _name(args[3].dtype)
+                )
 
     def temporaries(self, func: Any, args: Any, out: Any) -> Iterator[Temporary]:
         """What ``func`` takes beside its results, in order of allocation."""
@@ -173,14 +189,16 @@ def attend(
     if kernel == "cudnn":
         return torch.empty_like(query)
     if mask is not None:
-        if any(stride % 8 for stride in mask.stride()[:-1]) or mask.stride(-1) != 1:
-            columns = mask.shape[-1]
-            mask = torch.nn.functional.pad(mask, (0, 8 - columns % 8))[..., :columns]
         mask = mask.expand(query.shape[0], query.shape[1], query.shape[2], key.shape[2])
     efficient: tuple[Tensor, ...] = aten._scaled_dot_product_efficient_attention(
         query, key, value, mask, False, dropout_p, is_causal, scale=scale
     )
     return efficient[0]
+
+
+def _name(dtype: torch.dtype) -> str:
+    """``dtype`` without ``torch.``."""
+    return str(dtype).removeprefix("torch.")
 
 
 def _as_numbers(mask: Tensor | None, query: Tensor) -> Tensor | None:

@@ -101,20 +101,21 @@ class Ledger(TorchDispatchMode):  # type: ignore[no-untyped-call]
         kwargs = kwargs or {}
         if not self._makes_storage(func):
             return func(*args, **kwargs)
+        passing = self._enter(self.kernels.copies(func, args)) if self.kernels is not None else []
         out = func(*args, **kwargs)
         for leaf in (out,) if isinstance(out, torch.Tensor) else tree_leaves(out):
             if isinstance(leaf, torch.Tensor) and leaf.device.type == self.device:
                 self.adopt(leaf, str(func))
         if self.kernels is not None:
-            self._run_through(list(self.kernels.temporaries(func, args, out)))
+            passing += self._enter(self.kernels.temporaries(func, args, out))
+        for slot in passing:
+            self.trace.death(slot)
         return out
 
-    def _run_through(self, temporaries: list[Temporary]) -> None:
-        """Enter what an operator takes while it makes its results: born together, and gone when it is done."""
+    def _enter(self, temporaries: Iterable[Temporary]) -> list[int]:
+        """Births of what an operator takes while it runs; the caller ends them when it is done."""
         part, module = scopes.current()
-        slots = [
+        return [
             self.trace.birth(bytes_of(each.op, each.shape, each.dtype), part, (module, each.op), each.shape, each.dtype)
             for each in temporaries
         ]
-        for slot in slots:
-            self.trace.death(slot)
