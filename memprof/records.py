@@ -9,7 +9,10 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal, Self, get_args
+from typing import TYPE_CHECKING, Any, Literal, Self, get_args
+
+if TYPE_CHECKING:
+    from memprof.intervals import Interval
 
 SCHEMA = 1
 
@@ -252,7 +255,7 @@ class Run:
 def summarize(run: Run) -> dict[str, Any]:
     """One run as the object that ``--json`` prints (DESIGN: the command line). Missing numbers are None, never 0."""
     spec, record, done, top = run.record.spec, run.record, run.finished, run.highest
-    scores = [s.score for s in done if s.score is not None]
+    accuracy, fidelity = quality(run)
     return {
         "model": spec.model,
         "method": spec.method,
@@ -271,10 +274,22 @@ def summarize(run: Run) -> dict[str, Any]:
         "kv_cache_bytes": max((s.kv_cache_bytes for s in done), default=None),
         "parts": {p: top.peak_parts.get(p, 0) for p in PARTS} if top else None,
         "visual_flops_cut": record.visual_flops_cut,
-        "accuracy": sum(scores) / len(scores) if scores else None,
-        "fidelity": mean_fidelity(done),
+        "accuracy": accuracy.mean if accuracy else None,
+        "accuracy_interval": accuracy.to_json() if accuracy else None,
+        "fidelity": {name: interval.to_json() for name, interval in fidelity.items()} or None,
         "path": run.path,
     }
+
+
+def quality(run: Run) -> tuple[Interval | None, dict[str, Interval]]:
+    """The mean score of a run's samples and the mean of each of their fidelity measures, with bootstrap intervals.
+
+    None, and nothing, where weights were random or nothing ran.
+    """
+    from memprof.intervals import bootstrap, intervals
+
+    scores = [s.score for s in run.finished if s.score is not None]
+    return bootstrap(scores) if scores else None, intervals([s.fidelity for s in run.finished if s.fidelity])
 
 
 def mean_fidelity(samples: Iterable[SampleRecord]) -> dict[str, float] | None:

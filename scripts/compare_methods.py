@@ -19,9 +19,10 @@ from typing import Any
 
 import torch
 
-from memprof.analysis.fidelity import Judge, bootstrap, intervals
+from memprof.analysis.fidelity import Judge
 from memprof.figures import facts, palette
 from memprof.figures.style import KeyItem, Look, Sheet, save
+from memprof.intervals import bootstrap, intervals
 from memprof.pruning import METHODS
 from memprof.records import Run, RunSpec
 from memprof.runner import Bench, run

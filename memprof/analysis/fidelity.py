@@ -9,11 +9,10 @@ difference a free pruned run writes what the forced one does, so the first diver
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import torch
 from torch import nn
 
@@ -107,43 +106,6 @@ def compare(against: Reference, log_probabilities: torch.Tensor) -> dict[str, fl
         "first_divergence": float(differs[0]) if len(differs) else float(total),
         "exact": float(not len(differs)),
     }
-
-
-@dataclass(frozen=True)
-class Interval:
-    """A mean over samples and what the draw of samples leaves open: the interval holds it at level ``level``."""
-
-    mean: float
-    low: float
-    high: float
-    samples: int
-    level: float = 0.95
-
-    def to_json(self) -> dict[str, float]:
-        """For a JSON file."""
-        return {"mean": self.mean, "low": self.low, "high": self.high, "samples": self.samples, "level": self.level}
-
-
-def bootstrap(values: Iterable[float], *, draws: int = 2000, level: float = 0.95, seed: int = 0) -> Interval:
-    """The mean of ``values`` with its percentile bootstrap interval (Efron 1979); resamples samples, ``draws`` times.
-
-    For a paired comparison of two methods on the same samples, give the differences.
-
-    Raises:
-        UsageError: No values.
-    """
-    found = np.asarray(list(values), dtype=np.float64)
-    if not len(found):
-        raise UsageError("an interval needs at least one value")
-    rng = np.random.default_rng(seed)
-    means = found[rng.integers(0, len(found), (draws, len(found)))].mean(1)
-    low, high = np.quantile(means, [(1 - level) / 2, (1 + level) / 2])
-    return Interval(float(found.mean()), float(low), float(high), len(found), level)
-
-
-def intervals(rows: Sequence[Mapping[str, float]], *, draws: int = 2000, seed: int = 0) -> dict[str, Interval]:
-    """:func:`bootstrap` of every measure over ``rows``, one a sample (:attr:`SampleRecord.fidelity`)."""
-    return {name: bootstrap((row[name] for row in rows), draws=draws, seed=seed) for name in rows[0]} if rows else {}
 
 
 class Judge:

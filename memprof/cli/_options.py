@@ -13,7 +13,7 @@ Methods = Annotated[
 ]
 TaskName = Annotated[str, typer.Option("--task", help="Task: ai2d, ocrbench, folder.")]
 Device = Annotated[
-    str, typer.Option("--device", help="auto, cuda, sim or cpu; auto: cuda where there is one, else sim.")
+    str, typer.Option("--device", help="auto, cuda, sim or cpu; auto: cuda if there is one, else sim (proving: cpu).")
 ]
 StackName = Annotated[
     str, typer.Option("--stack", help="current: as transformers runs today; paper: fp32 logits of all positions.")
@@ -39,10 +39,24 @@ Folder = Annotated[
 ]
 
 
-def resolve_device(name: str) -> str:
-    """``auto`` is CUDA where there is a card, else sim."""
+Fidelity = Annotated[
+    bool | None,
+    typer.Option(
+        "--fidelity/--no-fidelity",
+        help="Compare each answer with the unpruned one's; default: where weights are real and run.",
+    ),
+]
+
+
+def resolve_device(name: str, model: str = "") -> str:
+    """``auto`` is CUDA where there is a card, else sim; for a ``model`` whose weights come with memprof, else cpu."""
     if name != "auto":
         return name
     import torch
 
-    return "cuda" if torch.cuda.is_available() else "sim"
+    from memprof.families import find_model
+    from memprof.families._proving import SelfContained
+
+    if torch.cuda.is_available():
+        return "cuda"
+    return "cpu" if model and isinstance(find_model(model)[0], SelfContained) else "sim"

@@ -12,6 +12,7 @@ import typer
 from memprof.cli import _options as opt
 
 if TYPE_CHECKING:
+    from memprof.analysis.fidelity import Judge
     from memprof.records import Run, RunSpec
     from memprof.runner import Progress
 
@@ -46,6 +47,7 @@ def run(
         str | None, typer.Option("--shard", help="i/n: every n-th sample; default: torchrun's or SLURM's.")
     ] = None,
     seed: opt.Seed = 0,
+    fidelity: opt.Fidelity = None,
     preset: Annotated[
         Path | None,
         typer.Option("--preset", callback=_use_preset, is_eager=True, help="Options in a file, as tune writes them."),
@@ -67,6 +69,8 @@ def run(
 
     memprof run --model llava-1.5-7b --data my_shapes.csv --json
 
+    memprof run --model proving --method baseline --method topv
+
     memprof run --preset runs/tuned/preset.json --device sim
     """
     del preset  # its callback has made it the defaults of the others
@@ -81,15 +85,16 @@ def run(
     from memprof.units import check_unit
 
     check_unit(unit)
+    card = find_model(model)[1]
+    device = opt.resolve_device(device, model)
     if gpu is not None:
-        if opt.resolve_device(device) != "sim":
+        if device != "sim":
             raise UsageError(f"--gpu {gpu} names a card to predict for; it goes with --device sim")
         find_card(gpu)
-    card = find_model(model)[1]
     shard = shard or rank_shard()
     asked = [
         RunSpec(
-            model=card.name, method=one, task=task, device=opt.resolve_device(device), stack=stack,
+            model=card.name, method=one, task=task, device=device, stack=stack,
             dtype=dtype or card.dtype, attention=attention, weights=weights, data=data,
             max_new_tokens=TASKS.load(task).max_new_tokens if max_new_tokens is None else max_new_tokens,
             max_tiles=max_tiles, limit=limit, shard=shard, warmup=warmup, seed=seed, gpu=gpu,
@@ -98,11 +103,14 @@ def run(
     ]  # fmt: skip
     specs = [complete_spec(one)[0] for one in asked]  # every mistake shows before a model is built
     paths = folders(output or _new_folder(specs[0]), specs)
+    judge = _judge(specs[0], fidelity)
     bench = Bench(specs[0])
     runs: list[Run] = []
     with _watch(specs, quiet=quiet or json, verbose=verbose, unit=unit) as progress:
         for spec, path in zip(specs, paths, strict=True):
-            runs.append(make_run(spec, path, bench=bench, resume=resume, force=force, progress=progress))
+            runs.append(
+                make_run(spec, path, bench=bench, resume=resume, force=force, progress=progress, judge=judge)
+            )
     _print(runs, unit, as_json=json)
     failed = [s for one in runs for s in one.samples if not s.ok]
     refused = sum(s.status == "oom" for s in failed)
@@ -112,6 +120,19 @@ def run(
         raise OutOfMemory(f"{refused} samples ran out of memory; their lines say where")
     if failed and not any(one.finished for one in runs):
         raise DataError(f"no sample finished; the first failed with: {failed[0].error}")
+
+
+def _judge(spec: RunSpec, asked: bool | None) -> Judge | None:
+    """What compares answers with the unpruned ones, where that is asked for, or not refused and possible."""
+    from memprof.analysis.fidelity import Judge, check_weights
+    from memprof.errors import UsageError
+
+    runs = spec.device != "sim"
+    if asked:
+        check_weights(spec.weights)
+        if not runs:
+            raise UsageError("fidelity compares what a model writes, and --device sim writes nothing; take cuda or cpu")
+    return Judge() if asked or (asked is None and runs and spec.weights != "random") else None
 
 
 def folders(output: Path, specs: list[RunSpec]) -> list[Path]:

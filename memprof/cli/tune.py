@@ -88,7 +88,7 @@ def tune(
     _need_optuna()
     card = find_model(model)[1]
     spec = RunSpec(
-        model=card.name, method="baseline", task=task, device=opt.resolve_device(device), stack=stack,
+        model=card.name, method="baseline", task=task, device=opt.resolve_device(device, model), stack=stack,
         dtype=dtype or card.dtype, weights=weights, data=data,
         max_new_tokens=TASKS.load(task).max_new_tokens if max_new_tokens is None else max_new_tokens,
         max_tiles=max_tiles, limit=limit, seed=seed,

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from memprof.figures import facts
 from memprof.figures.palette import PART_LABELS
-from memprof.records import PARTS, Run, summarize
+from memprof.intervals import Interval
+from memprof.records import PARTS, Run, quality, summarize
 from memprof.units import in_unit
 
 MISSING = "-"
@@ -25,6 +26,8 @@ class Sheet:
         rows: A row a run.
         parts_head: The columns' names of the parts' table.
         parts: The parts' table, of the same shape: dynamic bytes at the highest instant.
+        quality_head: The columns' names of the quality table.
+        quality: What was lost, a row a run; empty where nothing was scored or compared.
         remarks: A line for each failed sample, and each note of a run.
         origin: Where the numbers come from.
         runs: The runs, a row each.
@@ -36,6 +39,8 @@ class Sheet:
     rows: list[list[str]]
     parts_head: list[str]
     parts: list[list[str]]
+    quality_head: list[str]
+    quality: list[list[str]]
     remarks: list[str]
     origin: str
     runs: list[Run]
@@ -77,16 +82,14 @@ def _sheet(group: list[Run], unit: str) -> Sheet:
         ]
         for name, run, total in zip(names, group, totals, strict=True)
     ]  # fmt: skip
-    if any(total["accuracy"] is not None for total in totals):
-        head.insert(-1, "score")
-        for row, total in zip(rows, totals, strict=True):
-            row.insert(-1, percent(total["accuracy"]))
     held = [p for p in PARTS if any(total["parts"] and total["parts"][p] for total in totals)]
     parts = [
         [name, *(number(total["parts"][p] if total["parts"] else None, unit) for p in held),
          number(total["dynamic_peak_bytes"], unit)]
         for name, total in zip(names, totals, strict=True)
     ]  # fmt: skip
+    losses = [quality(run) for run in group]
+    known = any(accuracy or fidelity for accuracy, fidelity in losses)
     origin = facts.provenance(group)
     phrases = facts.provenance_lines(origin)
     many = len(origin["methods"])
@@ -97,10 +100,36 @@ def _sheet(group: list[Run], unit: str) -> Sheet:
         rows=rows,
         parts_head=["method", *(PART_LABELS[p] for p in held), "dynamic peak"],
         parts=parts,
+        quality_head=QUALITY_HEAD,
+        quality=[_quality(name, run, *loss) for name, run, loss in zip(names, group, losses, strict=True)] * known,
         remarks=_remarks(group, names),
         origin=" · ".join([*origin["methods"], *phrases[3 + many :]]),
         runs=group,
     )
+
+
+#: Fidelity's columns stand for :data:`memprof.analysis.fidelity.MEASURES`.
+QUALITY_HEAD = ["method", "right", "score %", "same tokens %", "same answers %", "KL, nats"]
+
+
+def _quality(name: str, run: Run, accuracy: Interval | None, fidelity: Mapping[str, Interval]) -> list[str]:
+    scores = [s.score for s in run.finished if s.score is not None]
+    return [
+        name,
+        f"{sum(scores):g}/{len(scores)}" if scores else MISSING,
+        spread(accuracy, 100, 1),
+        spread(fidelity.get("agreement"), 100, 1),
+        spread(fidelity.get("exact"), 100, 1),
+        spread(fidelity.get("kl"), 1, 3),
+    ]
+
+
+def spread(interval: Interval | None, scale: float, digits: int) -> str:
+    """``'93.8 [87.5, 98.4]'``: the mean and its bootstrap interval, times ``scale``."""
+    if interval is None:
+        return MISSING
+    mean, low, high = (f"{scale * value:.{digits}f}" for value in (interval.mean, interval.low, interval.high))
+    return f"{mean} [{low}, {high}]"
 
 
 def _remarks(group: Sequence[Run], names: Sequence[str]) -> list[str]:

@@ -141,6 +141,7 @@ class Measurer:
             str(spec.max_new_tokens), "--warmup", str(spec.warmup), "--seed", str(spec.seed), "--quiet", "-o",
             str(folder),
         ]  # fmt: skip
+        words.append("--fidelity" if self.question.quality else "--no-fidelity")
         words += ["--max-tiles", str(spec.max_tiles)] if spec.max_tiles is not None else []
         words += ["--limit", str(spec.limit)] if spec.limit is not None else []
         return [*words, "--resume"] if (folder / RUN_FILE).exists() else words

@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import dataclasses
 import math
 from typing import Any
 
@@ -12,11 +11,9 @@ from memprof.analysis.fidelity import (
     MEASURES,
     Judge,
     Reference,
-    bootstrap,
     check_weights,
     compare,
     fidelity,
-    intervals,
     reference,
 )
 from memprof.errors import UsageError
@@ -129,25 +126,3 @@ def test_random_weights_are_refused_in_one_line() -> None:
     with pytest.raises(UsageError, match="random weights learnt nothing") as error:
         check_weights("random")
     assert "\n" not in str(error.value)
-
-
-def test_bootstrap() -> None:
-    it = bootstrap([0, 1] * 50)
-    assert it == bootstrap([0, 1] * 50)
-    assert it.mean == 0.5
-    # A binomial of 100 at one half: 1.96 standard errors of 0.05.
-    assert it.low == pytest.approx(0.5 - 0.098, abs=0.02)
-    assert it.high == pytest.approx(0.5 + 0.098, abs=0.02)
-    assert bootstrap([3.0] * 4).to_json() == {"mean": 3.0, "low": 3.0, "high": 3.0, "samples": 4, "level": 0.95}
-    narrow = bootstrap([0, 1] * 50, level=0.5)
-    assert it.low < narrow.low < narrow.high < it.high
-    with pytest.raises(UsageError, match="at least one"):
-        bootstrap([])
-
-
-def test_intervals_of_every_measure() -> None:
-    rows = [{"agreement": 1.0, "kl": 0.0}, {"agreement": 0.5, "kl": 1.0}]
-    found = intervals(rows)
-    assert {name: it.mean for name, it in found.items()} == {"agreement": 0.75, "kl": 0.5}
-    assert dataclasses.asdict(found["kl"])["samples"] == 2
-    assert intervals([]) == {}

@@ -90,11 +90,27 @@ def test_table_has_colours_only_when_asked(runs):
     assert re.sub(r"\x1b\[[0-9;]*m", "", coloured).split() == reports.render("table", runs, width=100).split()
 
 
-def test_table_shows_scores_where_there_are_any(runs):
-    assert "score" not in reports.render("table", runs[:1])
-    for number, sample in enumerate(runs[0].finished):
+@pytest.mark.parametrize("format", ["table", "markdown"])
+def test_scores_and_fidelity_are_shown_with_their_intervals(runs, format):
+    assert "score" not in reports.render(format, runs[:1])
+    done = runs[0].finished
+    for number, sample in enumerate(done):
         sample.score = float(number % 2)
-    assert re.search(r"40\.0 % +predicted", reports.render("table", runs[:1], width=120))
+        sample.fidelity = {"agreement": 0.5, "kl": 0.25, "exact": 0.0, "first_divergence": 2.0}
+    text = reports.render(format, runs[:1]).replace("\\", "")
+    right = sum(s.score for s in done)
+    assert f"{right:g}/{len(done)}" in text
+    assert re.search(rf"{100 * right / len(done):.1f} +\[\d+\.\d, \d+\.\d\]", text)
+    assert "50.0 [50.0, 50.0]" in text
+    assert "0.250 [0.250, 0.250]" in text
+
+
+def test_intervals_stand_below_their_means_at_80_columns(runs):
+    for sample in runs[0].finished:
+        sample.score = 1.0
+    text = reports.render("table", runs[:1], width=80)
+    assert "[100.0, 100.0]" in text
+    assert max(map(len, text.splitlines())) <= 80
 
 
 def test_saving_is_against_baseline_of_the_same_experiment(runs):

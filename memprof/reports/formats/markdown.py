@@ -10,11 +10,14 @@ from memprof.reports.rows import sheets
 
 
 def render(runs: Sequence[Run], unit: str = "GiB") -> str:
-    """A heading, two tables and a line of origin for each group of ``runs``."""
+    """A heading, the tables and a line of origin for each group of ``runs``."""
     blocks = []
     for sheet in sheets(runs, unit):
         lines = [f"### {escape(sheet.heading)}", "", *table(sheet.head, sheet.rows), ""]
         lines += ["What makes up each dynamic peak:", "", *table(sheet.parts_head, sheet.parts), ""]
+        if sheet.quality:
+            lines += ["What it costs, mean \\[95 % bootstrap interval over samples\\]:", ""]
+            lines += [*table(sheet.quality_head, sheet.quality), ""]
         lines += [f"- {escape(line)}" for line in sheet.remarks] + [""] * bool(sheet.remarks)
         lines += [f"<sub>{escape(sheet.origin)}</sub>"]
         blocks.append("\n".join(lines) + "\n")

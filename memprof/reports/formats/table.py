@@ -40,17 +40,24 @@ def render(runs: Sequence[Run], unit: str = "GiB", *, width: int | None = None, 
 def _print(console: Console, sheet: Sheet, columns: int) -> None:
     console.print(Text(sheet.heading, style="bold"))
     roomy = columns >= ROOMY
-    table = Table(box=box.HORIZONTALS, padding=(0, 2 if roomy else 1, 0, 0), pad_edge=False, header_style="bold")
-    for name in sheet.head:
-        left = name in ("method", "status")
-        title = Text(name if roomy else NARROW.get(name, name.replace(" ", "\n")))
-        table.add_column(title, justify="left" if left else "right", no_wrap=name != "method", vertical="bottom")
-    for run, (name, *cells) in zip(sheet.runs, sheet.rows, strict=True):
-        shown = cells if roomy else [cell.replace(" / ", "/") for cell in cells]
-        table.add_row(Text(name, style=method_colour(facts.method_of(run))), *map(Text, shown))
-    console.print(table)
+    console.print(_table(sheet, sheet.head, sheet.rows, roomy=roomy))
+    if sheet.quality:
+        console.print(Text("What it costs, mean [95 % bootstrap interval over samples]", style="bold"))
+        console.print(_table(sheet, sheet.quality_head, sheet.quality, roomy=roomy))
     for line in sheet.remarks[:MOST_REMARKS]:
         console.print(Text(line, style="yellow"))
     if len(sheet.remarks) > MOST_REMARKS:
         console.print(Text(f"... and {len(sheet.remarks) - MOST_REMARKS} more", style="yellow"))
     console.print(Text(sheet.origin, style="dim"))
+
+
+def _table(sheet: Sheet, head: Sequence[str], rows: Sequence[Sequence[str]], *, roomy: bool) -> Table:
+    table = Table(box=box.HORIZONTALS, padding=(0, 2 if roomy else 1, 0, 0), pad_edge=False, header_style="bold")
+    for name in head:
+        left = name in ("method", "status")
+        title = Text(name if roomy else NARROW.get(name, name.replace(" ", "\n")))
+        table.add_column(title, justify="left" if left else "right", no_wrap=name != "method", vertical="bottom")
+    for run, (name, *cells) in zip(sheet.runs, rows, strict=True):
+        shown = cells if roomy else [cell.replace(" / ", "/").replace(" [", "\n[") for cell in cells]
+        table.add_row(Text(name, style=method_colour(facts.method_of(run))), *map(Text, shown))
+    return table
