@@ -309,7 +309,8 @@ class FreeBlock:
 SegmentHook = Callable[[str, int, int], None]
 
 
-#: Address, and ``(bytes, handed out)`` of each block from there upwards, one entry a segment.
+#: Address, and ``(bytes, state)`` of each block from there upwards, one entry a segment; see
+#: :meth:`CachingAllocator.adopt` for the states.
 Segments = tuple[tuple[int, tuple[tuple[int, bool | None], ...]], ...]
 
 
@@ -379,14 +380,15 @@ class CachingAllocator:
         self._large_requests = 0
         self._interrupted = -1, -1  # where a refused program stood: the number that set the peak, the number refused
 
-    def copy(self) -> CachingAllocator:
-        """An independent allocator in the same state: warm up once, replay many times."""
+    def copy(self, on_segment: SegmentHook | None = None) -> CachingAllocator:
+        """An independent allocator in the same state: warm up once, replay many times; ``on_segment`` is the copy's."""
         twin = CachingAllocator.__new__(CachingAllocator)
         for name, value in vars(self).items():
             setattr(twin, name, value.copy() if isinstance(value, list | dict | set) else value)
         twin._pools = [pool.copy() for pool in self._pools]
         if self._place == self._next_address:
             twin._place = twin._next_address
+        twin._on_segment = on_segment
         return twin
 
     def unlimited(self) -> CachingAllocator:
@@ -436,8 +438,9 @@ class CachingAllocator:
 
     def segments(self, *, small: bool) -> Segments:
         """The segments of one size class as they stand, in a form that :meth:`adopt` takes."""
-        home = {pool.index for pool in self._pools if pool.small == small}
-        free = [block for pool in self._pools if pool.small == small for block in pool.blocks[:-1]]
+        own = [pool for pool in self._pools if pool.small == small]
+        home = {pool.index for pool in own}
+        free = [block for pool in own for block in (*pool.blocks[:-1], *pool.unmapped)]
         live = [block for block in self._at.values() if self._home[block] in home]
         found = []
         for block in [*free, *live]:
@@ -445,7 +448,7 @@ class CachingAllocator:
                 continue
             address, blocks = self._address[block], list[tuple[int, bool | None]]()
             while block:
-                blocks.append((self._size[block], not self._room[block]))
+                blocks.append((self._size[block], None if block in self._unmapped else not self._room[block]))
                 block = self._after[block]
             found.append((address, tuple(blocks)))
         return tuple(sorted(found))
@@ -837,7 +840,8 @@ class CachingAllocator:
         if not self._ranges:
             return None
         where = self._address[block]
-        return next((base for base, (total, _) in self._ranges.items() if base <= where < base + total), None)
+        # The nearest: the room behind a range taken over from a recording of an unknown device reaches over the next.
+        return max((base for base, (total, _) in self._ranges.items() if base <= where < base + total), default=None)
 
     def _expand(self, pool: _Pool, want: int) -> int:
         """Map pages at the lowest addresses where ``want`` bytes can lie; the place of the block, or -1.
