@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from memprof.errors import DataError
+from memprof.records import Status
 from memprof.simulator.allocator import SMALL_LIMIT, SMALL_SEGMENT, AllocatorSettings, CachingAllocator
 from memprof.simulator.recording import (
     ALLOC,
@@ -114,6 +115,8 @@ class SnapshotReport:
 
     file: str
     device: int
+    #: ``predicted`` where memprof wrote the file, else ``measured``.
+    status: Status
     events: int
     settings: str
     peak_allocated_bytes: int
@@ -160,6 +163,7 @@ def analyse(path: Path, what_ifs: Sequence[str] = (), top: int = 10) -> Snapshot
     return SnapshotReport(
         file=path.name,
         device=recording.device,
+        status=recording.status,
         events=len(recording),
         settings=str(recording.settings) or "default",
         peak_allocated_bytes=whole.peak_allocated,

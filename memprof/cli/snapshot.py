@@ -14,7 +14,10 @@ if TYPE_CHECKING:
 
 
 def snapshot(
-    file: Annotated[Path, typer.Argument(help="What torch.cuda.memory._dump_snapshot() wrote.", show_default=False)],
+    file: Annotated[
+        Path,
+        typer.Argument(help="What torch.cuda.memory._dump_snapshot() or memprof report wrote.", show_default=False),
+    ],
     what_if: Annotated[
         list[str] | None,
         typer.Option(
@@ -55,7 +58,8 @@ def _show(report: SnapshotReport, unit: str) -> None:
     from rich.console import Console
 
     console = Console(highlight=False)
-    console.print(f"{report.file}: measured, GPU {report.device}, {report.events:,} events, settings {report.settings}")
+    where = f"{report.status}, GPU {report.device}, {report.events:,} events, settings {report.settings}"
+    console.print(f"{report.file}: {where}")
     console.print(_summary(report, unit))
     if report.holders:
         console.print(_holders(report, unit))

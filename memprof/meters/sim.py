@@ -9,6 +9,7 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensor
 
 from memprof.errors import DoesNotFit, OutOfMemory
+from memprof.meters import weights_of
 from memprof.meters._traced import TracedMeter
 from memprof.records import Status
 from memprof.simulator.allocator import AllocatorSettings, CachingAllocator
@@ -43,8 +44,10 @@ class SimMeter(TracedMeter):
         self.card = card
         #: The allocator once the weights are loaded, one after another, and the first matrix products are done.
         self.loaded = CachingAllocator(allocator_settings(), card.memory_bytes)
-        for weight in self.weights:
-            self._load("the weights", weight.untyped_storage().nbytes())
+        #: What lasts, by address: its name, and the bytes asked for.
+        self.lasting: dict[int, tuple[str, int]] = {}
+        for name, weight in weights_of(model):
+            self._load("the weights", weight.untyped_storage().nbytes(), name)
         before = self.loaded.allocated
         self._load("cuBLAS' workspace", cublas_workspace_bytes(card))
         if any(isinstance(module, nn.Linear) and module.bias is not None for module in model.modules()):
@@ -55,10 +58,10 @@ class SimMeter(TracedMeter):
         self._scores = RealScores(model.get_output_embeddings().weight.shape[0])  # type: ignore[operator]
         self.weights.append(self._scores.scores)
 
-    def _load(self, what: str, n_bytes: int) -> None:
+    def _load(self, what: str, n_bytes: int, name: str = "") -> None:
         """Allocate what lasts; raises DoesNotFit where the card is too small for it."""
         try:
-            self.loaded.malloc(n_bytes)
+            self.lasting[self.loaded.malloc(n_bytes)] = name or what, n_bytes
         except OutOfMemory as error:
             raise DoesNotFit(f"{what} do not fit on {self.card.name}: {error}") from None
 

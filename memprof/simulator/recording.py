@@ -25,6 +25,7 @@ import numpy as np
 import numpy.typing as npt
 
 from memprof.errors import BadValue, DataError
+from memprof.records import Status
 from memprof.simulator.allocator import AllocatorSettings
 from memprof.units import MIB
 
@@ -90,6 +91,8 @@ class Recording:
     stacks: tuple[tuple[Frame, ...], ...]
     #: (stream, pool id): what shares no blocks with another lane.
     lanes: tuple[Hashable, ...]
+    #: ``predicted`` where memprof wrote the file (:mod:`memprof.simulator.dump`), else ``measured``.
+    status: Status = "measured"
 
     def __len__(self) -> int:
         return len(self.actions)
@@ -355,6 +358,7 @@ def _recordings(root: Any, reader: _PlainReader) -> list[Recording]:
     if type(root) is not dict or type(root.get("segments")) is not list or type(root.get("device_traces")) is not list:
         raise DataError("not a CUDA memory snapshot: it has no 'segments' and 'device_traces'")
     settings = _settings(root.get("allocator_settings"))
+    status: Status = "predicted" if "memprof" in root else "measured"
     lane_of = reader.lane
     actions = np.frombuffer(reader.actions, dtype=np.int8)
     addresses = np.frombuffer(reader.addresses, dtype=np.int64)
@@ -383,6 +387,7 @@ def _recordings(root: Any, reader: _PlainReader) -> list[Recording]:
                 lane_ids=lane_ids[part],
                 stacks=tuple(reader.stacks),
                 lanes=tuple(reader.lanes),
+                status=status,
             )
         )
         start = stop
