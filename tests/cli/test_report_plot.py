@@ -44,7 +44,7 @@ def test_report_writes_a_file_and_names_it(folder, tmp_path, capsys):
 
 
 def test_errors_say_what_is_valid(folder, tmp_path):
-    with pytest.raises(UnknownName, match="valid: chrome, csv, html, json, markdown, table"):
+    with pytest.raises(UnknownName, match="valid: chrome, csv, html, json, markdown, snapshot, table"):
         report.report([folder], format="xml")
     with pytest.raises(DataError, match="holds no run"):
         report.report([tmp_path])
