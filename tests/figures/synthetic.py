@@ -42,14 +42,17 @@ def sample(name: str, method: str, tiles: int, text: int, tokens: int, stack: st
         parts["kv_cache"], parts["mlp"] = kv if held == "logits" else kv // 4, positions * 2048 * 8
         parts[held] += {"attention": attention, "logits": logits, "mlp": positions * 8192 * 6}[held]
         parts["pruner"] = 9_000_000 if method.startswith("topv") else 0
-    prefill, at, last = sum(parts.values()), 0, kv + (tokens - 1) * 98304 + 8_000_000
+    first, prefill, at, last = parts, sum(parts.values()), 0, kv + (tokens - 1) * 98304 + 8_000_000
     if last > prefill:  # a long answer: the cache outgrows prefill
         at, phase = tokens - 1, "decode"
         parts = dict.fromkeys(PARTS, 0) | {"kv_cache": last - 8_000_000, "mlp": 8_000_000}
     top = sum(parts.values())
-    columns = TokenColumns()
+    columns, every = TokenColumns(), {part: [n] for part, n in first.items()}
     for t in range(tokens):
         cache = kv + t * 98304
+        if t:
+            for part, column in every.items():
+                column.append({"kv_cache": cache, "mlp": 8_000_000}.get(part, 0))
         columns.kv_bytes.append(cache)
         columns.allocated_bytes.append(STATIC + cache + 3_000_000)
         columns.peak_allocated_bytes.append(STATIC + prefill if t == 0 else STATIC + cache + 8_000_000)
@@ -62,6 +65,7 @@ def sample(name: str, method: str, tiles: int, text: int, tokens: int, stack: st
         kv_tokens_planned=[b // 4096 for b in per_layer], kv_tokens_found=[b // 4096 for b in per_layer],
         kv_bytes_per_layer=per_layer, category="food web", tokens=columns, peak_token=at, peak_phase=phase,
         vision_peak_bytes=STATIC + vision, peak_parts=parts, dynamic_peak_bytes=top,
+        token_parts={part: column for part, column in every.items() if any(column)},
         peak_holders=[Holder(logits, "logits", "lm_head", "aten.mm", [1, positions, 92553], "bfloat16", "prefill")],
     )  # fmt: skip
 

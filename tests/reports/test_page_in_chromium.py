@@ -7,6 +7,7 @@ from browser import CHROMIUM, Page
 from synthetic import NASTY, make_runs
 
 from memprof import reports
+from memprof.figures.palette import PART_COLOURS, PART_LABELS
 
 pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="needs chromium on PATH")
 
@@ -25,6 +26,7 @@ def text(page: Page, selector: str) -> str:
 @pytest.mark.slow
 @pytest.mark.parametrize(("width", "dark"), [(1200, False), (390, True)])
 def test_page(file, width, dark):
+    clicked = make_runs(samples=8, tokens=6)[0].samples[1]  # under Baseline
     with Page(file, width=width, dark=dark) as page:
         # It draws: a line a method, bars a sample, and says what it is.
         assert page.run("document.querySelectorAll('#curve path[data-method]').length") == 3
@@ -61,6 +63,37 @@ def test_page(file, width, dark):
         assert page.run("document.querySelector('#sample option:checked').textContent") == NASTY
         assert page.run("document.querySelectorAll('#cards svg[role=img]').length") == 3
 
+        # Its parts are stacked over its tokens, in the colours of parts, and the numbers are the record's.
+        assert page.run("document.querySelectorAll('.card:first-child path[data-part]').length") == len(
+            clicked.token_parts
+        )
+        drawn = page.run("document.querySelector('.card path[data-part=kv_cache]').getAttribute('fill')")
+        assert drawn == PART_COLOURS["kv_cache"]
+        steps = page.run(
+            "document.querySelector('.card path[data-part=kv_cache]').getAttribute('d').split('M').length - 1"
+        )
+        assert steps == len(clicked.tokens)
+        left, top, wide, high = page.box(".card svg")
+        page.mouse("mouseMoved", left + 52 + (wide - 62) * 3.5 / 6, top + high * 0.5)
+        page.settle()
+        bubble = text(page, ".card .tip").split("\n")
+        assert bubble[0] == "token 3, decode"
+        for part, column in clicked.token_parts.items():
+            assert (PART_LABELS[part] in bubble) is bool(column[3])
+        assert f"{clicked.token_parts['kv_cache'][3] / 2**30:.3f} GiB" in bubble
+
+        # Without prefill, decode steps fill the height; another sample is shown in the same way.
+        page.run("document.getElementById('decode').click()")
+        page.settle()
+        without = "document.querySelector('.card path[data-part=kv_cache]').getAttribute('d').split('M').length - 1"
+        assert page.run(without) == len(clicked.tokens) - 1
+        assert page.run("document.querySelectorAll('.card:first-child path[data-part]').length") == 2
+        before = page.run("document.querySelector('.card path[data-part=kv_cache]').getAttribute('d')")
+        page.run("document.querySelector('.picker button[aria-label=\"Previous sample\"]').click()")
+        page.settle()
+        assert page.run("document.querySelector('.card path[data-part=kv_cache]').getAttribute('d')") != before
+        assert page.run("document.documentElement.scrollWidth <= innerWidth")
+
         # Methods switch off, static is added, groups and themes change.
         page.run("document.querySelector('.method').click()")
         assert page.run("document.querySelectorAll('#curve path[data-method]').length") == 2
@@ -74,4 +107,22 @@ def test_page(file, width, dark):
         # No text became markup, nothing was asked for, nothing went wrong.
         assert page.run("document.querySelectorAll('img').length") == 0
         assert page.requests == [file.resolve().as_uri()]
+        assert page.errors == []
+
+
+@pytest.mark.slow
+def test_records_without_parts_a_token_are_drawn_as_they_were(tmp_path):
+    runs = make_runs(("ai2d",), samples=3, tokens=6)
+    for run in runs:
+        for sample in run.samples:
+            sample.token_parts = {}
+    path = tmp_path / "report.html"
+    path.write_text(reports.render("html", runs), encoding="utf-8")
+    with Page(path) as page:
+        assert page.run("document.querySelectorAll('.card path[data-part]').length") == 0
+        rects = page.run("document.querySelectorAll('.card svg[role=img] svg rect').length")
+        assert rects > 3 * 6
+        page.run("document.getElementById('decode').click()")
+        page.settle()
+        assert 0 < page.run("document.querySelectorAll('.card svg[role=img] svg rect').length") < rects
         assert page.errors == []

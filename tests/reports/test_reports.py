@@ -17,6 +17,7 @@ from synthetic import METHODS, NASTY, STATIC, make_run, make_runs
 
 from memprof import reports
 from memprof.errors import BadValue, UnknownName
+from memprof.figures.palette import PART_LABELS
 from memprof.records import PARTS, Run, RunRecord, RunSpec, SampleRecord, summarize
 from memprof.reports.formats.html import embed
 from memprof.reports.rows import plain, sheets
@@ -158,33 +159,58 @@ def test_json_is_the_document_of_the_design(runs):
     assert json.loads(reports.render("json", runs)) == {"schema": 1, "runs": [summarize(run) for run in runs]}
 
 
+def chrome_counters(events) -> dict[str, list[tuple[float, dict[str, int]]]]:
+    """Each counter's values, as the Trace Event format has them: numbers under ``args``, in order of time."""
+    counters: dict[str, list[tuple[float, dict[str, int]]]] = {}
+    for event in events:
+        assert {"ph", "name", "pid", "tid"} <= set(event)
+        assert event["ph"] in "MXCi"
+        if event["ph"] != "M":
+            assert event["ts"] >= 0
+        if event["ph"] == "C":
+            assert event["args"]
+            assert all(type(n) is int for n in event["args"].values())
+            counters.setdefault(event["name"], []).append((event["ts"], event["args"]))
+    for track in counters.values():
+        assert [at for at, _ in track] == sorted(at for at, _ in track)
+        assert len({tuple(series) for _, series in track}) == 1, "a series must not come and go"
+    return counters
+
+
 @pytest.mark.parametrize("measured", [False, True])
 def test_chrome_trace_is_in_order_and_carries_every_byte(measured):
     run = make_run(METHODS[2], samples=5, tokens=3, measured=measured)
     trace = json.loads(reports.render("chrome", [run]))
     events = trace["traceEvents"]
-    counters: dict[str, list[tuple[float, int]]] = {}
-    for event in events:
-        assert {"ph", "name", "pid", "tid"} <= set(event)
-        if event["ph"] == "C":
-            assert isinstance(event["args"]["bytes"], int)
-            counters.setdefault(event["name"], []).append((event["ts"], event["args"]["bytes"]))
-    for track in counters.values():
-        assert [at for at, _ in track] == sorted(at for at, _ in track)
+    counters = chrome_counters(events)
     peaks = [b for s in run.finished for b in s.tokens.peak_allocated_bytes]
-    assert [b for _, b in counters["peak allocated"]] == [*peaks, 0]
+    assert [series["bytes"] for _, series in counters["peak allocated"]] == [*peaks, 0]
     assert ("device used" in counters) is measured
-    for part in PARTS:
-        shown = {
-            b for name, track in counters.items() if name.replace(" ", "_").lower().endswith(part) for _, b in track
-        }
-        assert {s.peak_parts[part] for s in run.finished} <= shown
+    # A value a part at every token, in drawing order; together they are the token's peak.
+    stacked = [series for _, series in counters["dynamic by part"]]
+    assert [sum(series.values()) for series in stacked] == [*(b - STATIC for b in peaks), 0]
+    labels = [PART_LABELS[p] for p in PARTS if any(p in s.token_parts for s in run.finished)]
+    assert list(stacked[0]) == labels
+    cache = [n for s in run.finished for n in s.token_parts["kv_cache"]]
+    assert [series["KV cache"] for series in stacked] == [*cache, 0]
+    assert not [name for name in counters if name.startswith("at the peak")]
     prefill = next(e for e in events if e["name"] == "prefill")
     assert prefill["dur"] == pytest.approx(210_000 if measured else 1000)
     name = next(e["args"]["name"] for e in events if e["name"] == "process_name")
     assert ("1 ms a token" in name) is not measured
     assert bool(trace["otherData"]["untimed"]) is not measured
     assert [e["args"]["error"] for e in events if e["ph"] == "i"] == ["image cannot be read: truncated <PNG>"]
+
+
+def test_chrome_trace_of_records_without_parts_a_token_shows_those_of_the_peak():
+    run = make_run(METHODS[2], samples=5, tokens=3)
+    for sample in run.samples:
+        sample.token_parts = {}
+    counters = chrome_counters(json.loads(reports.render("chrome", [run]))["traceEvents"])
+    assert "dynamic by part" not in counters
+    for part in PARTS:
+        shown = {series["bytes"] for _, series in counters[f"at the peak: {PART_LABELS[part]}"]}
+        assert {s.peak_parts[part] for s in run.finished} <= shown
 
 
 class _Reader(HTMLParser):
@@ -239,6 +265,8 @@ def test_page_holds_the_records(runs):
         assert (there["parts"] is None) is not sample.ok
         if sample.ok:
             assert sum(there["parts"].values()) == sample.dynamic_peak_bytes
+            every = list(there["every"].values())
+            assert [sum(column[t] for column in every) for t in range(len(sample.tokens))] == there["peak"]
 
 
 def test_embedded_json_means_the_same():

@@ -1,4 +1,8 @@
-"""A Chrome trace for Perfetto (ui.perfetto.dev) or chrome://tracing: tokens as slices, bytes as counters."""
+"""A Chrome trace for Perfetto (ui.perfetto.dev) or chrome://tracing: tokens as slices, bytes as counters.
+
+``dynamic by part`` is one counter with a series a part: stacked in chrome://tracing, a track a part in Perfetto. Its
+value is that of each token's own highest instant.
+"""
 
 from __future__ import annotations
 
@@ -19,6 +23,7 @@ COUNTERS = {
     "KV cache": "kv_bytes",
     "device used": "device_used_bytes",
 }
+STACKED = "dynamic by part"
 
 
 def render(runs: Sequence[Run], unit: str = "GiB") -> str:
@@ -47,6 +52,7 @@ def _events(pid: int, run: Run) -> Iterator[dict[str, Any]]:
     yield {"ph": "M", "name": "process_name", "pid": pid, "tid": 0, "args": {"name": name}}
     yield {"ph": "M", "name": "thread_name", "pid": pid, "tid": 1, "args": {"name": "samples and tokens"}}
     now = 0.0
+    parts = [p for p in PARTS if any(p in sample.token_parts for sample in run.samples)]
     for sample in run.samples:
         if not sample.ok:
             args = {"sample": sample.id, "error": sample.error or ""}
@@ -61,15 +67,23 @@ def _events(pid: int, run: Run) -> Iterator[dict[str, Any]]:
             }
         if len(sample.tokens):
             start = now
-            for event in _sample(pid, sample, start, run.record.static_bytes):
+            for event in _sample(pid, sample, start, run.record.static_bytes, parts):
                 yield event
                 now = max(now, event["ts"])
     if now:
         yield from (_counter(pid, now, name, 0) for name in COUNTERS if name != "device used")
+        if parts:
+            yield _counters(pid, now, STACKED, {PART_LABELS[p]: 0 for p in parts})
 
 
-def _sample(pid: int, sample: SampleRecord, start: float, static: int) -> Iterator[dict[str, Any]]:
-    """The slices and counters of one sample; the last event stands at its end."""
+def _sample(
+    pid: int, sample: SampleRecord, start: float, static: int, parts: Sequence[str]
+) -> Iterator[dict[str, Any]]:
+    """The slices and counters of one sample; the last event stands at its end.
+
+    ``parts`` are those that the run's records hold for every token; records of earlier versions hold none, and are
+    shown with the parts of the sample's highest instant alone.
+    """
     tokens, now = sample.tokens, start
     lasting = [UNTIMED_US if s is None else 1e6 * s for s in tokens.seconds]
     shape = {"tiles": sample.tiles, "visual_tokens": sample.visual_tokens, "text_tokens": sample.text_tokens}
@@ -81,12 +95,16 @@ def _sample(pid: int, sample: SampleRecord, start: float, static: int) -> Iterat
             if held[column] is not None:
                 yield _counter(pid, now, name, held[column])
         yield _counter(pid, now, "static", static)
-        if t == sample.peak_token:
+        if parts:
+            every = sample.token_parts
+            yield _counters(pid, now, STACKED, {PART_LABELS[p]: every[p][t] if p in every else 0 for p in parts})
+        alone = t == sample.peak_token and not sample.token_parts
+        if alone:
             yield from (
                 _counter(pid, now, f"at the peak: {PART_LABELS[p]}", sample.peak_parts.get(p, 0)) for p in PARTS
             )
         now += duration
-        if t == sample.peak_token:
+        if alone:
             yield from (_counter(pid, now, f"at the peak: {PART_LABELS[p]}", 0) for p in PARTS)
     yield _counter(pid, now, "static", static)
 
@@ -96,4 +114,8 @@ def _slice(pid: int, at: float, duration: float, name: str, args: dict[str, Any]
 
 
 def _counter(pid: int, at: float, name: str, n_bytes: int) -> dict[str, Any]:
-    return {"ph": "C", "name": name, "pid": pid, "tid": 0, "ts": at, "args": {"bytes": n_bytes}}
+    return _counters(pid, at, name, {"bytes": n_bytes})
+
+
+def _counters(pid: int, at: float, name: str, series: dict[str, int]) -> dict[str, Any]:
+    return {"ph": "C", "name": name, "pid": pid, "tid": 0, "ts": at, "args": series}

@@ -128,6 +128,8 @@ def _sample(sample: SampleRecord, static: int) -> dict[str, Any]:
         "dynamic": sample.dynamic_peak_bytes,
         "parts": {part: size for part, size in sample.peak_parts.items() if size},
         "peak": [b - static for b in sample.tokens.peak_allocated_bytes],
-        "held": [b - static for b in sample.tokens.allocated_bytes],
-        "kv": sample.tokens.kv_bytes,
+        # Records of earlier versions hold parts at the sample's highest instant alone.
+        "every": sample.token_parts or None,
+        "held": None if sample.token_parts else [b - static for b in sample.tokens.allocated_bytes],
+        "kv": None if sample.token_parts else sample.tokens.kv_bytes,
     }

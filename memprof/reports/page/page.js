@@ -4,7 +4,7 @@
 (() => {
   const data = JSON.parse(document.getElementById("data").textContent);
   const PARTS = data.parts;
-  const state = { group: 0, sample: null, hidden: new Set(), total: false, view: null, stacked: 0 };
+  const state = { group: 0, sample: null, hidden: new Set(), total: false, view: null, stacked: 0, decode: false };
   const main = document.getElementById("main");
   const $ = (id) => document.getElementById(id);
 
@@ -127,7 +127,7 @@
   const methodDot = (run) => dot({ key: "", colour: run.colour });
 
   const showGroup = (index) => {
-    Object.assign(state, { group: index, hidden: new Set(), view: null, stacked: 0 });
+    Object.assign(state, { group: index, hidden: new Set(), view: null, stacked: 0, decode: false });
     const g = group();
     const top = g.runs.reduce((a, b) => (b.dynamic > a.dynamic ? b : a));
     state.sample = g.samples.findIndex((s) => s.id === top.top);
@@ -177,7 +177,7 @@
       stack(g),
       el("ul", { class: "parts" }, ...PARTS.filter((p) => g.runs.some((run) => run.samples.some((s) => s && s.parts && s.parts[p.key])))
         .map((p) => el("li", {}, dot(p), p.label))),
-      el("h3", {}, "One sample"),
+      el("h3", {}, "One sample, token by token"),
       el("div", { class: "bar picker" },
         el("button", { type: "button", "aria-label": "Previous sample", onclick: () => showSample(state.sample - 1) }, "‹"),
         el("select", { id: "sample", "aria-label": "Sample", onchange: (event) => showSample(+event.currentTarget.value) },
@@ -189,6 +189,13 @@
           showSample(peaks.indexOf(Math.max(...peaks)));
         } }, "highest")),
       el("div", { id: "about" }),
+      el("div", { class: "bar" }, el("span", { class: "muted", id: "reading" }, g.runs.some((run) => run.samples.some((s) => s && s.every))
+        ? "Each token's parts at its own highest instant; below them, the numbers of the highest. Hover for the others."
+        : "The parts of the highest token; of the others, what is held after them."),
+        el("span", { class: "gap" }), g.samples.some((s) => s.tokens > 1) ? el("button", {
+          type: "button", id: "decode", "aria-pressed": "false", onclick: () => {
+            state.decode = !state.decode; $("decode").setAttribute("aria-pressed", state.decode); showSample(state.sample);
+          } }, "decode steps only") : null),
       el("div", { class: "cards", id: "cards" }),
       el("footer", { class: "muted" }, `${g.title} · ${g.origin} · page by memprof ${data.version}`),
     ];
@@ -311,30 +318,55 @@
       s.score === null ? null : `score ${s.score}`].filter(Boolean).join(" · ");
     box.append(el("p", { class: "muted" }, words));
     if (s.answer !== null) box.append(el("p", {}, "“", s.answer, "”"));
-    const draw = (root, x, y) => {
+    const from = state.decode && s.peak.length > 1 ? 1 : 0, at = (p, t) => (s.every[p.key] ? s.every[p.key][t] : 0);
+    const areas = (root, x, y, x0) => { // one path a part, a step a token: apart where there is room, never below a pixel
+      const wide = x(x0 + 1) - x(x0), pad = wide < 4 ? 0 : Math.min(0.75, wide * 0.08), below = s.peak.map(() => 0);
+      for (const p of PARTS) {
+        if (!s.every[p.key]) continue;
+        let path = "";
+        for (let t = from; t < s.peak.length; t++) {
+          const v = at(p, t), left = x(t) + pad, right = Math.max(left + 1, x(t + 1) - pad);
+          const [low, high] = [below[t], below[t] + v].map((sum) => y(sum).toFixed(2));
+          if (v) path += `M${left.toFixed(2)} ${low}V${high}H${right.toFixed(2)}V${low}Z`;
+          below[t] += v;
+        }
+        if (path) root.append(svg("path", { d: path, fill: ink(p), "data-part": p.key }));
+      }
+    };
+    const bars = (root, x, y) => { // the parts of the highest token; of the others what is held for the next one
       s.peak.forEach((peak, t) => {
         const rest = Math.max(0, s.held[t] - s.kv[t]), over = Math.max(0, peak - s.kv[t] - rest);
         const layers = t === s.at ? PARTS.map((p) => [s.parts[p.key] || 0, ink(p)])
           : [[s.kv[t], PARTS[0].colour], [rest, "var(--static)"], [over, "var(--rule)"]];
         let sum = 0;
-        for (const [v, colour] of layers) {
+        for (const [v, colour] of t < from ? [] : layers) {
           if (v) root.append(svg("rect", { x: x(t) + 0.75, width: Math.max(0.5, x(t + 1) - x(t) - 1.5), y: y(sum + v), height: y(sum) - y(sum + v), fill: colour }));
           sum += v;
         }
       });
     };
+    const draw = (root, x, y, x0) => (s.every ? areas : bars)(root, x, y, x0);
     draw.centred = true;
-    const most = Math.max(...group().runs.map((r) => (r.samples[index] && r.samples[index].dynamic) || 0), 1);
-    box.append(chart(el("div", {}), {
-      height: 190, label: `Memory of ${run.label} token by token`, draw, xlabel: "token (0 is prefill)", ylabel: `dynamic (${data.unit})`,
-      domain: () => [0, s.peak.length, most * 1.05],
+    // One scale for all methods, so that they can be compared.
+    const peaks = group().runs.flatMap((r) => (r.samples[index] && r.samples[index].peak ? r.samples[index].peak.slice(from) : []));
+    const rowsAt = (t) => {
+      const valued = (size) => PARTS.filter((p) => size(p)).reverse().map((p) => line([dot(p), p.label], unit(size(p))));
+      if (s.every) return valued((p) => at(p, t));
+      return t === s.at ? valued((p) => s.parts[p.key]) : [line(["held after it"], unit(s.held[t])), line([dot(PARTS[0]), "KV cache"], unit(s.kv[t]))];
+    };
+    box.append(chart(el("div", { class: "tokens" }), {
+      height: 210, label: `Memory of ${run.label} token by token`, draw, xlabel: "token (0 is prefill)", ylabel: `dynamic (${data.unit})`,
+      domain: () => [from, s.peak.length, Math.max(...peaks, 1) * 1.05],
       tip: (t) => {
-        if (t < 0 || t >= s.peak.length) return null;
-        const rows = t === s.at ? PARTS.filter((p) => s.parts[p.key]).reverse().map((p) => line([dot(p), p.label], unit(s.parts[p.key])))
-          : [line(["held after it"], unit(s.held[t])), line([dot(PARTS[0]), "KV cache"], unit(s.kv[t]))];
-        return [el("b", {}, t ? `token ${t}, decode` : "token 0, prefill"), line(["peak"], unit(s.peak[t])), ...rows];
+        if (t < from || t >= s.peak.length) return null;
+        return [el("b", {}, t ? `token ${t}, decode` : "token 0, prefill"), line([el("b", {}, "peak")], unit(s.peak[t])), ...rowsAt(t)];
       },
-    }), el("ul", { class: "parts" }, ...PARTS.filter((p) => s.parts[p.key]).map((p) => el("li", {}, dot(p), `${p.label} ${bytes(s.parts[p.key])}`))));
+    }));
+    // Every part that is drawn is named; the numbers are those of the highest token drawn.
+    const top = from ? s.peak.indexOf(Math.max(...s.peak.slice(from))) : s.at;
+    const then = (p) => (s.every ? at(p, top) : top === s.at ? s.parts[p.key] || 0 : 0);
+    const drawn = PARTS.filter((p) => then(p) || (s.every && s.every[p.key] && s.every[p.key].slice(from).some((v) => v)));
+    box.append(el("ul", { class: "parts" }, ...drawn.map((p) => el("li", {}, dot(p), then(p) ? `${p.label} ${bytes(then(p))}` : p.label))));
     return box;
   };
 
