@@ -91,12 +91,14 @@ def place(prompt: Prompt, model: nn.Module) -> dict[str, torch.Tensor]:
 class Outcome:
     """What one profiled prompt left: the memory half of a sample's record, and the tokens it made.
 
-    ``refused`` is the allocation a card of the size asked for would have refused, in words, or None.
+    ``refused`` is the allocation a card of the size asked for would have refused, in words, or None. ``kept`` has the
+    visual tokens each cut left (:meth:`~memprof.pruning.surgery.Surgery.kept`); None in a prediction.
     """
 
     memory: dict[str, Any]
     tokens: list[int] | None
     refused: str | None = None
+    kept: list[list[int]] | None = None
 
 
 def profile_prompt(
@@ -123,7 +125,7 @@ def profile_prompt(
         "tokens": TokenColumns(**columns),
         **_peak(profiler.reading),
     }
-    return Outcome(memory, tokens, profiler.reading.refused)
+    return Outcome(memory, tokens, profiler.reading.refused, None if tokens is None else surgery.kept())
 
 
 def _peak(reading: Reading) -> dict[str, Any]:

@@ -13,6 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from memprof.errors import UnknownName
+from memprof.families._tiling import IMAGENET_MEAN, IMAGENET_STD, denormalise
 from memprof.plugins import Registry
 
 if TYPE_CHECKING:
@@ -84,6 +85,8 @@ class Family:
     cards: ClassVar[Mapping[str, Card]]
     #: Patch grid side of one tile after the projector: a tile gives ``side * side`` visual tokens.
     thumbnails: ClassVar[bool] = False
+    #: Mean and deviation, in RGB from 0 to 1, that :meth:`pixels` normalises by.
+    normalised_by: ClassVar[tuple[tuple[float, ...], tuple[float, ...]]] = (IMAGENET_MEAN, IMAGENET_STD)
 
     def config(self, card: Card) -> PreTrainedConfig:
         """The transformers configuration of ``card``."""
@@ -102,6 +105,10 @@ class Family:
     ) -> npt.NDArray[np.float32] | tuple[int, ...]:
         """Pixel values ``(tiles, 3, size, size)``, normalised; only that shape where ``image`` is None."""
         raise NotImplementedError
+
+    def seen(self, pixels: npt.NDArray[np.float32]) -> npt.NDArray[np.uint8]:
+        """The image as the model is given it, from :meth:`pixels`: RGB tiles, ``(tiles, size, size, 3)``."""
+        return denormalise(pixels, *self.normalised_by)
 
     def prompt(self, card: Card, question: str, shape: PromptShape, tokenizer: Any) -> list[int]:
         """Token ids of the whole prompt, by the checkpoint's own tokenizer (see :mod:`memprof.families._text`)."""

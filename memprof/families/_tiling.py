@@ -65,3 +65,11 @@ def normalise(
     stacked = np.stack([np.asarray(tile, dtype=np.float32) for tile in tiles]) / np.float32(255)
     scaled = (stacked - np.asarray(mean, dtype=np.float32)) / np.asarray(std, dtype=np.float32)
     return np.ascontiguousarray(scaled.transpose(0, 3, 1, 2))
+
+
+def denormalise(
+    pixels: npt.NDArray[np.float32], mean: tuple[float, ...], std: tuple[float, ...]
+) -> npt.NDArray[np.uint8]:
+    """The tiles that :func:`normalise` was given, ``(tiles, height, width, 3)`` in [0, 255]."""
+    scaled = pixels.transpose(0, 2, 3, 1) * np.asarray(std, dtype=np.float32) + np.asarray(mean, dtype=np.float32)
+    return (scaled * 255).round().clip(0, 255).astype(np.uint8)

@@ -44,6 +44,7 @@ class Llava(Family):
     """LLaVA-1.5 (llava-hf)."""
 
     title = "LLaVA-1.5"
+    normalised_by = (CLIP_MEAN, CLIP_STD)
     cards = {
         card.name: card
         for card in (
@@ -88,7 +89,7 @@ class Llava(Family):
         width, height = (max(size, int(edge * scale)) for edge in rgb.size)
         left, top = (width - size) // 2, (height - size) // 2
         resized = rgb.resize((width, height), Pil.Resampling.BICUBIC)
-        return normalise([resized.crop((left, top, left + size, top + size))], CLIP_MEAN, CLIP_STD)
+        return normalise([resized.crop((left, top, left + size, top + size))], *self.normalised_by)
 
     def image_token(self, card: Card) -> int:
         """Id of ``<image>``."""
