@@ -17,7 +17,7 @@ ROOT = Path(memprof.__file__).parent
 GROUND = {"errors", "units", "records", "plugins", "scopes", "environment", "intervals"}
 ALLOWED = {
     "errors": set(), "units": {"errors"}, "records": {"intervals"}, "scopes": set(), "environment": set(),
-    "plugins": {"errors"}, "intervals": {"errors"},
+    "plugins": {"errors"}, "intervals": {"errors"}, "asked": {"records"},
     "store": {"errors", "records"},
     "anatomy": {"errors"},
     "simulator": GROUND,
@@ -30,15 +30,16 @@ ALLOWED = {
     "predict": GROUND | {"anatomy", "families", "meters", "pruning", "simulator"},
     "runner": GROUND
     | {"anatomy", "families", "meters", "predict", "profiler", "pruning", "simulator", "stacks", "store", "tasks"},
-    "figures": GROUND | {"store"},
-    "reports": GROUND | {"store", "figures"},
+    "figures": GROUND | {"store", "asked"},
+    "reports": GROUND | {"store", "figures", "asked"},
     "analysis": GROUND | {
         "store", "simulator", "runner", "families", "meters", "profiler", "pruning", "tasks", "anatomy", "stacks",
+        "asked",
     },
     "tuning": GROUND | {"store", "runner", "analysis", "families", "pruning", "tasks", "meters"},
     "cli": {"*"}, "__main__": {"cli"},
 }  # fmt: skip
-NO_TORCH = GROUND | {"store", "tasks", "figures", "reports"}
+NO_TORCH = GROUND | {"asked", "store", "tasks", "figures", "reports"}
 
 
 def imports(path: Path, *, top_level: bool) -> set[str]:
@@ -79,7 +80,7 @@ def test_readers_know_no_torch(path: Path) -> None:
     assert not {m.split(".")[0] for m in imports(path, top_level=False)} & {"torch", "transformers"}
 
 
-@pytest.mark.parametrize("words", ["--help", "--version", "list", "run --help", "report --help"])
+@pytest.mark.parametrize("words", ["--help", "--version", "list", "run --help", "report --help", "ask --help"])
 def test_light_commands_load_no_torch(words: str) -> None:
     code = (
         "import sys\nfrom memprof.cli import main\n"
@@ -94,4 +95,4 @@ def test_public_surface_is_frozen() -> None:
     assert memprof.__all__ == ["Profiler", "__version__"]
     from memprof.cli import commands
 
-    assert set(commands()) >= {"doctor", "list", "plot", "report", "run", "snapshot"}
+    assert set(commands()) >= {"ask", "doctor", "list", "plot", "report", "run", "snapshot"}
