@@ -13,7 +13,7 @@ from PIL import Image
 from memprof.asked import Asked, Cut, Grid
 from memprof.errors import BadValue, MemprofError, UnknownName
 from memprof.reports import answers
-from memprof.reports.answers.sheet import kept_text, sheet
+from memprof.reports.answers.sheet import kept_text, legend, sheet
 from memprof.reports.answers.words import mark, readable
 
 GRID = Grid(columns=2, rows=1, thumbnail=True, side=4)
@@ -113,6 +113,27 @@ def test_many_methods_are_broken_into_rows() -> None:
     text = answers.terminal.render(asked(GRID, *many), "MiB", width=80)
     assert max(map(len, text.splitlines())) <= 80
     assert re.search(r"TopV keep 0.4 +TopV keep 0.5", text)
+
+
+def test_large_maps_are_drawn_in_shades_and_say_so() -> None:
+    grid = Grid(columns=4, rows=3, thumbnail=True, side=16)
+    half = [Cut(2, grid.tokens // 2, list(range(0, grid.tokens, 2)))]
+    found = asked(grid, *(answered(f"topv:keep=0.{k},layer=2", f"w{k}", half, grid=grid) for k in range(1, 4)))
+    text = answers.terminal.render(found, width=80)
+    assert "▒▒▒▒ ▒▒▒▒ ▒▒▒▒ ▒▒▒▒  ▒▒▒▒" in text
+    assert "shades are shares of 4 × 4 visual tokens" in text
+    assert max(map(len, text.splitlines())) <= 80
+
+
+def test_a_picture_of_random_weights_says_so_where_it_may_be_taken_from_its_place() -> None:
+    one = answered("topv:keep=0.5,layer=2", None, HALF, grid=GRID)
+    trained = asked(GRID, one)
+    (column,) = sheet(trained, "GiB").columns
+    said = legend(column, trained)
+    assert said[0] == "TopV keeps 24 of 48 visual tokens, after 2 layers"
+    one.run.record.spec.weights = "random"
+    random = Asked(**{**vars(trained), "weights": "random weights"})
+    assert legend(column, random) == [*said, "random weights"]
 
 
 def test_markdown_sets_differences_in_bold() -> None:

@@ -113,8 +113,8 @@ def compared_text(answer: Marked, first: str) -> str:
 def legend(column: Column, asked: Asked) -> list[str]:
     """What stands below a method's picture, where the picture may be taken from its place."""
     lines = [f"{column.label} keeps {column.kept}", key_text(asked)]
-    if asked.weights == "random weights":
-        lines.append("random weights")
+    if asked.answers[0].run.record.spec.weights == "random":
+        lines.append(plain(asked.weights))
     return lines
 
 

@@ -27,7 +27,6 @@ _NARROW, _SPACE = 24, 2
 _MAP = 48
 #: Shares of a cell's tokens that stayed, from none to all.
 _SHADES = "·░▒▓█"
-_SHADES_KEY = "maps: full blocks were kept, dots were dropped, shades are shares of several visual tokens"
 _MARK = "bold magenta"
 
 Pixel = npt.NDArray[np.float64]
@@ -74,7 +73,14 @@ def _side_by_side(console: Console, asked: Asked, said: Sheet, columns: int, *, 
         console.print(table)
         console.print()
     if asked.tiles is not None:
-        console.print(Text(key_text(asked) if colour else _SHADES_KEY, style="dim"))
+        console.print(Text(key_text(asked) if colour else _key(asked, room), style="dim"))
+
+
+def _key(asked: Asked, room: int) -> str:
+    """How a map without colour is to be read."""
+    pool = drawing.cells(asked.grid, np.zeros(asked.grid.tokens), min(room, _MAP))[1]
+    squares = f"; shades are shares of {pool} × {pool} visual tokens" if pool > 1 else ""
+    return f"maps: blocks were kept, dots dropped{squares}"
 
 
 def _said(one: Column, *, starred: bool) -> Text:
