@@ -64,13 +64,13 @@ def export(run: Run, path: Path, sample: str | None = None) -> Exported:
         path.write_bytes(pickle.dumps(snapshot, protocol=PROTOCOL))
     except OSError as error:
         raise MemprofError(f"cannot write {path}: {error.strerror or error}") from None
-    notes = []
-    if predicted != (chosen.peak_allocated_bytes, chosen.peak_reserved_bytes):
-        notes.append(
-            f"the file's peak is {predicted[0]:,} bytes and the record's {chosen.peak_allocated_bytes:,}: the run was "
-            "predicted by another version of memprof, torch or transformers, or under other allocator settings"
-        )
-    return Exported(chosen.id, len(snapshot["device_traces"][0]), notes)
+    recorded = {"allocated": chosen.peak_allocated_bytes, "reserved": chosen.peak_reserved_bytes}
+    apart = [f"{predicted[k]:,} bytes {k}, not {recorded[k]:,}" for k in recorded if predicted[k] != recorded[k]]
+    notes = [
+        f"the file's peak is not the record's ({'; '.join(apart)}): the run was predicted by another version of memprof, "
+        "torch or transformers, or under other allocator settings"
+    ]
+    return Exported(chosen.id, len(snapshot["device_traces"][0]), notes if apart else [])
 
 
 def _sample(run: Run, name: str | None) -> SampleRecord:
@@ -86,7 +86,7 @@ def _sample(run: Run, name: str | None) -> SampleRecord:
     return chosen
 
 
-def _predict(run: Run, sample: SampleRecord) -> tuple[dict[str, Any], tuple[int, int]]:
+def _predict(run: Run, sample: SampleRecord) -> tuple[dict[str, Any], dict[str, int]]:
     """The snapshot of ``sample``, and its highest allocated and reserved bytes."""
     # A path says other sizes than the card; weights from the hub have the card's, and no prediction needs their values.
     weights = "random" if run.record.spec.weights == "hub" else run.record.spec.weights
@@ -111,4 +111,5 @@ def _predict(run: Run, sample: SampleRecord) -> tuple[dict[str, Any], tuple[int,
         "environment": environment() | meter.environment(),
     }  # fmt: skip
     snapshot = dump(meter.trace, meter.loaded, lasting, title, about)
-    return snapshot, (max(columns.peak_allocated_bytes, default=0), max(columns.reserved_bytes, default=0))
+    peaks = {"allocated": columns.peak_allocated_bytes, "reserved": columns.reserved_bytes}
+    return snapshot, {what: max(column, default=0) for what, column in peaks.items()}

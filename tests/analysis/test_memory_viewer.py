@@ -83,6 +83,7 @@ def test_a_record_that_says_otherwise_is_told(tmp_path: Path, monkeypatch: pytes
     top.tokens.peak_allocated_bytes[top.peak_token] += 512
     (note,) = export(found, tmp_path / "memory.pickle").notes
     assert "predicted by another version" in note
+    assert f"{top.peak_allocated_bytes - 512:,} bytes allocated, not {top.peak_allocated_bytes:,})" in note
 
 
 def test_what_a_card_refuses_ends_the_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
