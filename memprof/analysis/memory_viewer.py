@@ -67,8 +67,8 @@ def export(run: Run, path: Path, sample: str | None = None) -> Exported:
     recorded = {"allocated": chosen.peak_allocated_bytes, "reserved": chosen.peak_reserved_bytes}
     apart = [f"{predicted[k]:,} bytes {k}, not {recorded[k]:,}" for k in recorded if predicted[k] != recorded[k]]
     notes = [
-        f"the file's peak is not the record's ({'; '.join(apart)}): the run was predicted by another version of memprof, "
-        "torch or transformers, or under other allocator settings"
+        f"the file's peak is not the record's ({'; '.join(apart)}): the run was predicted by another version of "
+        "memprof, torch or transformers, or under other allocator settings"
     ]
     return Exported(chosen.id, len(snapshot["device_traces"][0]), notes if apart else [])
 
