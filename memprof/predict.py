@@ -296,14 +296,22 @@ class Predictor:
         return tuple(self._pruner.stages(shape.visual_tokens, self._depth))
 
     def _lengths(self, shape: PromptShape, new_tokens: int) -> tuple[int, ...]:
-        """A shape as the lengths its sizes are affine in; what is kept by a selection in a gap is one of them, too."""
+        """A shape as the lengths its sizes are affine in; what is kept by a selection in a gap is one of them, too.
+
+        Of several prompts side by side, the tensors that run through all of them grow with batch times length.
+        """
         kept = (stage.kept for stage in self._stages(shape))
-        return shape.tiles, shape.visual_tokens, shape.before, shape.after, *kept, new_tokens
+        one = shape.visual_tokens, shape.before, shape.after, *kept
+        if shape.batch == 1:
+            return shape.tiles, *one, new_tokens
+        side_by_side = (shape.batch * n for n in (shape.tiles, shape.visual_tokens, shape.length))
+        return *side_by_side, shape.batch, *one, new_tokens
 
     def _key(self, shape: PromptShape, new_tokens: int, level: int) -> tuple[Any, ...]:
         """The program a shape belongs to, told apart by class number ``level``."""
         steps = 0 if new_tokens > FOLDED_TOKENS + 1 else new_tokens
-        return level, _CLASSES[level](shape), steps, *(stage.layer for stage in self._stages(shape))
+        cuts = (stage.layer for stage in self._stages(shape))
+        return level, _CLASSES[level](shape), shape.batch > 1, steps, *cuts
 
     # -- on disk -------------------------------------------------------------------------------------------------------
 

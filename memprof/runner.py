@@ -77,13 +77,15 @@ def place(prompt: Prompt, model: nn.Module) -> dict[str, torch.Tensor]:
     """The prompt as tensors where ``model`` is; each is one allocation there, as when a user moves them."""
     weight = next(model.parameters())
     with scopes.scope("inputs"):
-        ids = torch.tensor([prompt.ids]).to(weight.device, copy=True)
+        ids = torch.tensor([prompt.ids] * prompt.shape.batch).to(weight.device, copy=True)
         inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
         if prompt.shape.tiles:
             if isinstance(prompt.pixels, tuple):
-                inputs["pixel_values"] = weight.new_empty(prompt.pixels).normal_()
+                tiles, *rest = prompt.pixels
+                inputs["pixel_values"] = weight.new_empty((tiles * prompt.shape.batch, *rest)).normal_()
             else:
-                inputs["pixel_values"] = torch.from_numpy(prompt.pixels).to(weight.dtype).to(weight.device, copy=True)
+                pixels = np.tile(prompt.pixels, (prompt.shape.batch, 1, 1, 1))
+                inputs["pixel_values"] = torch.from_numpy(pixels).to(weight.dtype).to(weight.device, copy=True)
     return inputs
 
 

@@ -25,6 +25,8 @@ CONTEXT_BYTES = 500 * MIB
 QUESTION_TOKENS = 53
 #: Most tiles that are looked at; beyond, the vision tower's batch is nobody's picture.
 MOST_TILES = 128
+#: Most prompts side by side that are looked at.
+MOST_BATCH = 256
 
 
 @dataclass(frozen=True)
@@ -134,8 +136,8 @@ def fit(
         *_tiles(desk, gpu_bytes, tiles, images),
         _new_tokens(desk, gpu_bytes, total),
         *_keep(desk, gpu_bytes, total),
+        _batch(desk, gpu_bytes, total),
     )
-    batch = Limit("batch", 1, 1 if asked.device_bytes <= gpu_bytes else None, None, "pruning cuts one prompt at a time")
     fits = asked.device_bytes <= gpu_bytes
     give = () if fits else _what_gives(desk, gpu_bytes, total, asked, limits)
     if not fits and all(limit.largest is None for limit in limits):
@@ -148,7 +150,7 @@ def fit(
             )
     return Fit(
         spec.model, spec.method, spec.stack, spec.dtype, gpu_bytes, context_bytes, desk.static_bytes, asked, fits,
-        (*limits, batch), give,
+        limits, give,
     )  # fmt: skip
 
 
@@ -158,13 +160,14 @@ class _Desk:
     def __init__(self, spec: RunSpec, bench: Bench, context_bytes: int, question_tokens: int) -> None:
         self.spec, self.bench, self.context_bytes, self.question_tokens = spec, bench, context_bytes, question_tokens
         self.static_bytes = int(bench.ready(spec)[1].static_bytes)
+        self.layers = int(bench.card.text["num_hidden_layers"])
         self.positions = int(bench.card.text.get("max_position_embeddings", 32768))
 
-    def shape(self, tiles: int) -> PromptShape:
+    def shape(self, tiles: int, batch: int = 1) -> PromptShape:
         """A prompt of so many tiles in all; bytes do not depend on how they lie."""
         before, after = self.bench.card.template
         visual = tiles * self.bench.family.side(self.bench.card) ** 2
-        return PromptShape(tiles, tiles, 1, visual, before, after + self.question_tokens)
+        return PromptShape(tiles, tiles, 1, visual, before, after + self.question_tokens, batch)
 
     def most_tiles(self) -> int:
         """Tiles that the model has positions for."""
@@ -172,20 +175,20 @@ class _Desk:
         text = self.shape(1).text_tokens + self.spec.max_new_tokens
         return max(1, min(MOST_TILES, (self.positions - text) // each))
 
-    def foresee(self, method: str, tiles: list[int]) -> None:
+    def foresee(self, method: str, shapes: list[PromptShape]) -> None:
         """Have programs made for all of these at once."""
         spec, pruner, _ = complete_spec(dataclasses.replace(self.spec, method=method))
-        self.bench.foresee(spec, pruner, [self.shape(n) for n in tiles])
+        self.bench.foresee(spec, pruner, shapes)
 
-    def memory(self, method: str, tiles: int, stack: str | None = None) -> dict[str, Any]:
+    def memory(self, method: str, tiles: int, stack: str | None = None, batch: int = 1) -> dict[str, Any]:
         """The memory half of a record."""
         spec = dataclasses.replace(self.spec, method=method, stack=stack or self.spec.stack)
         spec, pruner, _ = complete_spec(spec)
-        return self.bench.outcome(spec, pruner, self.shape(tiles), spec.seed).memory
+        return self.bench.outcome(spec, pruner, self.shape(tiles, batch), spec.seed).memory
 
-    def need(self, method: str, tiles: int, stack: str | None = None) -> Need:
-        """What a prompt needs."""
-        memory = self.memory(method, tiles, stack)
+    def need(self, method: str, tiles: int, stack: str | None = None, batch: int = 1) -> Need:
+        """What a prompt needs, or ``batch`` of them side by side."""
+        memory = self.memory(method, tiles, stack, batch)
         reserved = max(memory["tokens"].reserved_bytes)
         return Need(
             max(memory["tokens"].peak_allocated_bytes), reserved, reserved + self.context_bytes,
@@ -196,7 +199,7 @@ class _Desk:
 def _tiles(desk: _Desk, gpu_bytes: int, tiles: int, images: int) -> tuple[Limit, ...]:
     """Tiles of one image, and images of so many tiles: the same bytes, as all tiles run as one batch."""
     method, most = desk.spec.method, desk.most_tiles()
-    desk.foresee(method, sorted({*(2**n for n in range(most.bit_length())), most}))
+    desk.foresee(method, [desk.shape(n) for n in sorted({*_powers(most), most})])
     seen: list[tuple[float, float]] = []
     while (value := next_value(seen, 1, most, step=1)) is not None:
         seen.append((value, desk.need(method, int(value)).device_bytes - gpu_bytes))
@@ -211,6 +214,26 @@ def _tiles(desk: _Desk, gpu_bytes: int, tiles: int, images: int) -> tuple[Limit,
     needs = desk.need(method, many * tiles).device_bytes if many else None
     found.append(Limit("images", images, many or None, needs, bound or f"of {tiles} tile{'s' * (tiles > 1)} each"))
     return tuple(found)
+
+
+def _powers(most: int) -> list[int]:
+    """1, 2, 4 and so on up to ``most``."""
+    return [2**n for n in range(most.bit_length())]
+
+
+def _batch(desk: _Desk, gpu_bytes: int, tiles: int) -> Limit:
+    """Prompts as asked side by side; a method that prunes takes one at a time."""
+    method = desk.spec.method
+    if complete_spec(desk.spec)[1].stages(desk.shape(tiles).visual_tokens, desk.layers):
+        fits = desk.need(method, tiles).device_bytes <= gpu_bytes
+        return Limit("batch", 1, 1 if fits else None, None, "pruning cuts one prompt at a time")
+    desk.foresee(method, [desk.shape(tiles, n) for n in _powers(MOST_BATCH)[1:]])
+    seen: list[tuple[float, float]] = []
+    while (value := next_value(seen, 1, MOST_BATCH, step=1)) is not None:
+        seen.append((value, desk.need(method, tiles, batch=int(value)).device_bytes - gpu_bytes))
+    largest = max((value for value, over in seen if over <= 0), default=None)
+    note = f"no more than {MOST_BATCH} are looked at" if largest == MOST_BATCH else "prompts of equal length"
+    return Limit("batch", 1, largest, None if largest is None else round(dict(seen)[largest] + gpu_bytes), note)
 
 
 def _new_tokens(desk: _Desk, gpu_bytes: int, tiles: int) -> Limit:

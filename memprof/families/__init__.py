@@ -58,6 +58,7 @@ class PromptShape:
         visual_tokens: Visual tokens in the prompt.
         before: Text tokens before the first visual token.
         after: Text tokens after the last one.
+        batch: Prompts of these sizes that run side by side; the numbers above are of one of them.
     """
 
     tiles: int
@@ -66,6 +67,7 @@ class PromptShape:
     visual_tokens: int
     before: int
     after: int
+    batch: int = 1
 
     @property
     def text_tokens(self) -> int:

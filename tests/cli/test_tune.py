@@ -46,7 +46,7 @@ def made_up(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     def outcome(self: Bench, spec: RunSpec, pruner: Any, shape: PromptShape, seed: int) -> Outcome:
         asked.append(method_spec(pruner))
         layers = visual_tokens_per_layer(pruner.stages(shape.visual_tokens, 24), shape.visual_tokens, 24)
-        tokens = [shape.text_tokens + n for n in layers]
+        tokens = [shape.batch * (shape.text_tokens + n) for n in layers]
         cache = [4096 * n for n in tokens]
         peak = STATIC + sum(cache) + (6 * 92553 * tokens[-1] if spec.stack == "paper" else 2**20)
         columns = TokenColumns([peak, STATIC + sum(cache) + 98304], [peak] * 2, [peak + 64 * MIB] * 2)
@@ -165,6 +165,19 @@ def test_what_fits_on_a_card(capsys: pytest.CaptureFixture[str], made_up: list[s
     table = call(capsys, "fit", "--gpu", "6GiB", "--method", "topv")[1]
     assert "new tokens" in table
     assert "predicted" in table
+
+
+def test_the_largest_batch(made_up: list[str]) -> None:
+    spec = RunSpec(model="internvl2-2b", method="baseline", task="ai2d", device="sim", stack="paper")
+    gpu = 12 * GIB
+    batch = {limit.name: limit for limit in fits.fit(spec, gpu, tiles=4).limits}["batch"]
+    a_token = 24 * 4096 + 6 * 92553
+    room = gpu - STATIC - 64 * MIB - 500 * MIB
+    assert batch.largest == room // (a_token * (4 * 256 + 48 + 53))
+    assert batch.device_bytes is not None
+    assert batch.device_bytes <= gpu
+    pruned = fits.fit(dataclasses.replace(spec, method="topv"), gpu, tiles=4)
+    assert {limit.name: limit.largest for limit in pruned.limits}["batch"] == 1
 
 
 def test_what_would_have_to_give(made_up: list[str]) -> None:
