@@ -25,6 +25,15 @@ def check_unit(unit: str) -> str:
     return unit
 
 
+def unit_for(n_bytes: float, asked: str | None = None) -> str:
+    """The unit ``asked`` for, or the one that shows ``n_bytes`` well: GiB, but MiB below a tenth of one.
+
+    Raises:
+        BadValue: ``asked`` is no display unit.
+    """
+    return check_unit(asked) if asked is not None else "GiB" if n_bytes > GIB / 10 else "MiB"
+
+
 def in_unit(n_bytes: float, unit: str = "GiB") -> float:
     """``n_bytes`` as a number of ``unit``."""
     return n_bytes / DISPLAY_UNITS[unit]

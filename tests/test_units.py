@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 
 from memprof.errors import BadValue
-from memprof.units import check_unit, format_bytes, parse_bytes
+from memprof.units import GIB, MIB, check_unit, format_bytes, parse_bytes, unit_for
 
 
 @pytest.mark.parametrize(
@@ -32,3 +32,10 @@ def test_the_unit_stands_beside_the_number() -> None:
     assert format_bytes(4_411_509_760, "GB", 2) == "4.41 GB"
     with pytest.raises(BadValue, match="GiB, GB"):
         check_unit("G")
+
+
+def test_the_unit_follows_from_the_size_unless_asked_for() -> None:
+    assert [unit_for(n) for n in (4 * GIB, GIB // 5, 7 * MIB, 0)] == ["GiB", "GiB", "MiB", "MiB"]
+    assert unit_for(7 * MIB, "GB") == "GB"
+    with pytest.raises(BadValue):
+        unit_for(7 * MIB, "G")

@@ -31,6 +31,9 @@ Weights = Annotated[str, typer.Option("--weights", help="random, hub, or the pat
 Dtype = Annotated[str | None, typer.Option("--dtype", help="bfloat16, float16 or float32; default: as published.")]
 Seed = Annotated[int, typer.Option("--seed", help="Of random weights, prompts and draws.")]
 Unit = Annotated[str, typer.Option("--unit", help="GiB, GB, MiB or MB.")]
+FittingUnit = Annotated[
+    str | None, typer.Option("--unit", help="GiB, GB, MiB or MB; default: GiB, or MiB where all is small.")
+]
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON document and nothing else.")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress.")]
 Verbose = Annotated[bool, typer.Option("--verbose", "-v", help="One line a finished sample on stderr.")]

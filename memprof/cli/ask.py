@@ -37,9 +37,7 @@ def ask(
         Path | None,
         typer.Option("--output", "-o", help="A file (.html, .md, .json, .txt), or a folder for all of it."),
     ] = None,
-    unit: Annotated[
-        str | None, typer.Option("--unit", help="GiB, GB, MiB or MB; default: GiB, or MiB where all is small.")
-    ] = None,
+    unit: opt.FittingUnit = None,
     json: opt.AsJson = False,
     quiet: opt.Quiet = False,
 ) -> None:
@@ -61,7 +59,7 @@ def ask(
     from memprof.records import RunSpec
     from memprof.reports import answers
     from memprof.runner import complete_spec
-    from memprof.units import check_unit
+    from memprof.units import check_unit, unit_for
 
     if unit is not None:
         check_unit(unit)
@@ -83,7 +81,7 @@ def ask(
     ]  # fmt: skip
     with _watch(quiet=quiet or json) as progress:
         asked = ask_model(specs, picture, prompt, image.name, progress=progress)
-    unit = unit or _unit_for(asked)
+    unit = unit_for(max(one.sample.peak_allocated_bytes for one in asked.answers), unit)
     written = [] if output is None else answers.save(asked, output, format, unit)
     if json:
         sys.stdout.write(answers.render("json", asked, unit))
@@ -100,13 +98,6 @@ def ask(
 def _colour() -> bool:
     """Whether standard output takes colours."""
     return sys.stdout.isatty() and not os.environ.get("NO_COLOR")
-
-
-def _unit_for(asked: Asked) -> str:
-    """GiB, but MiB where nothing comes to a tenth of one."""
-    from memprof.units import GIB
-
-    return "GiB" if max(one.sample.peak_allocated_bytes for one in asked.answers) > GIB / 10 else "MiB"
 
 
 def _raise_failures(asked: Asked) -> None:

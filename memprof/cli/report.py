@@ -24,7 +24,10 @@ def report(
     output: Annotated[
         Path | None, typer.Option("--output", "-o", help="Write to this file instead of standard output.")
     ] = None,
-    unit: Annotated[str, typer.Option(help="GiB, GB, MiB or MB; csv, json, chrome and snapshot hold bytes.")] = "GiB",
+    unit: Annotated[
+        str | None,
+        typer.Option(help="GiB, GB, MiB or MB (default: what fits); csv, json, chrome and snapshot hold bytes."),
+    ] = None,
     sample: Annotated[
         str | None,
         typer.Option("--sample", help="For a snapshot: a sample's id; default: the one with the highest peak."),

@@ -55,7 +55,7 @@ def run(
     output: opt.Folder = None,
     resume: Annotated[bool, typer.Option("--resume", help="Finish the run that is in the folder.")] = False,
     force: Annotated[bool, typer.Option("--force", help="Replace the run that is in the folder.")] = False,
-    unit: opt.Unit = "GiB",
+    unit: opt.FittingUnit = None,
     json: opt.AsJson = False,
     quiet: opt.Quiet = False,
     verbose: opt.Verbose = False,
@@ -84,7 +84,8 @@ def run(
     from memprof.tasks import TASKS
     from memprof.units import check_unit
 
-    check_unit(unit)
+    if unit is not None:
+        check_unit(unit)
     card = find_model(model)[1]
     device = opt.resolve_device(device, model)
     if gpu is not None:
@@ -159,7 +160,7 @@ def _new_folder(spec: RunSpec) -> Path:
 class _watch:
     """Live progress on stderr, and only on a terminal: samples, tokens, present and highest memory."""
 
-    def __init__(self, specs: list[RunSpec], *, quiet: bool, verbose: bool, unit: str) -> None:
+    def __init__(self, specs: list[RunSpec], *, quiet: bool, verbose: bool, unit: str | None) -> None:
         from rich.console import Console
         from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
@@ -180,13 +181,14 @@ class _watch:
         self.bar.__exit__(None, None, None)
 
     def _update(self, run: Run, total: int) -> None:
-        from memprof.units import format_bytes
+        from memprof.units import format_bytes, unit_for
 
         last = run.samples[-1]
         top = run.highest
+        unit = unit_for(top.peak_allocated_bytes if top else 0, self.unit)
         tokens = sum(len(s.tokens) for s in run.finished)
-        present = f"{format_bytes(last.peak_allocated_bytes, self.unit, 2)}" if last.ok else last.status
-        highest = format_bytes(top.peak_allocated_bytes, self.unit, 2) if top else "-"
+        present = f"{format_bytes(last.peak_allocated_bytes, unit, 2)}" if last.ok else last.status
+        highest = format_bytes(top.peak_allocated_bytes, unit, 2) if top else "-"
         self.bar.update(
             self.rows[run.record.spec.method], total=total, completed=len(run.samples),
             now=f"{tokens} tokens, {present}, highest {highest}",
@@ -195,7 +197,7 @@ class _watch:
             self.console.print(f"{run.record.spec.method} {last.id}: {last.error or present}", highlight=False)
 
 
-def _print(runs: list[Run], unit: str, *, as_json: bool) -> None:
+def _print(runs: list[Run], unit: str | None, *, as_json: bool) -> None:
     """The result on stdout: a table, or one JSON document."""
     from memprof.reports import render
 

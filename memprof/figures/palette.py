@@ -42,9 +42,12 @@ _METHODS: dict[str, tuple[str, str]] = {
     "fastv": ("FastV", "#D55E00"),
     "random": ("Random", "#B565A7"),
     "uniform": ("Uniform", "#009E73"),
+    "divprune": ("DivPrune", "#C58A00"),
+    "visionzip": ("VisionZip", "#3D9BD9"),
+    "pyramiddrop": ("PyramidDrop", "#AA4466"),
 }
-_SPARE = ("#C58A00", "#3D9BD9", "#AA4466", "#8A8A1F", "#6A5ACD", "#2E8B8B", "#A0522D")
-_MODELS = {"internvl": "InternVL", "llava": "LLaVA", "qwen": "Qwen"}
+_SPARE = ("#8A8A1F", "#6A5ACD", "#2E8B8B", "#A0522D")
+_MODELS = {"internvl": "InternVL", "llava": "LLaVA", "qwen": "Qwen", "proving": "Proving model"}
 _TASKS = {"ai2d": "AI2D", "ocrbench": "OCRBench"}
 
 

@@ -12,7 +12,7 @@ from typing import Any
 
 from memprof.errors import UnknownName
 from memprof.records import Run
-from memprof.units import check_unit
+from memprof.units import GIB, unit_for
 
 __all__ = ["check", "names", "render"]
 _PACKAGE = "memprof.reports.formats"
@@ -30,13 +30,14 @@ def check(name: str) -> None:
         raise UnknownName("format", name, names())
 
 
-def render(name: str, runs: Sequence[Run], unit: str = "GiB", **how: Any) -> str:
+def render(name: str, runs: Sequence[Run], unit: str | None = None, **how: Any) -> str:
     """``runs`` in the format ``name``.
 
     Args:
         name: One of :func:`names`.
         runs: Runs as :func:`memprof.store.find_runs` reads them.
-        unit: The unit on screen; formats for programs (csv, json, chrome) hold bytes whatever it is.
+        unit: The unit on screen, or None for the one that shows the highest peak well; formats for programs (csv,
+            json, chrome) hold bytes whatever it is.
         how: What only this format takes, such as ``width`` and ``colour`` of ``table``.
 
     Raises:
@@ -45,5 +46,6 @@ def render(name: str, runs: Sequence[Run], unit: str = "GiB", **how: Any) -> str
     """
     check(name)
     module = importlib.import_module(f"{_PACKAGE}.{name}")
-    text: str = module.render(runs, check_unit(unit), **how)
+    peaks = (sample.peak_allocated_bytes for run in runs for sample in run.finished)
+    text: str = module.render(runs, unit_for(max(peaks, default=GIB), unit), **how)
     return text

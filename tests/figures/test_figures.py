@@ -15,6 +15,7 @@ from memprof import figures
 from memprof.errors import BadValue, DataError
 from memprof.figures import facts, palette
 from memprof.figures.style import Look, fill_lines, text_width
+from memprof.pruning import METHODS as PRUNERS
 from memprof.records import PARTS, Run, RunRecord, RunSpec, SampleRecord
 
 HERE = Path(__file__).parent
@@ -210,7 +211,8 @@ def test_lines_break_between_phrases_and_lose_none():
 
 def test_every_part_and_method_has_one_colour_of_its_own():
     assert tuple(palette.PART_COLOURS) == tuple(palette.PART_LABELS) == PARTS
-    methods = ("baseline", "fastv", "topv", "random", "uniform")
+    methods = PRUNERS.names()
+    assert {name: palette.method_label(name) for name in methods} == {name: cls.title for name, cls in PRUNERS}
     colours = [*palette.PART_COLOURS.values(), *map(palette.method_colour, methods)]
     assert len(set(colours)) == len(colours)
     assert palette.method_colour("new") == palette.method_colour("new")

@@ -24,6 +24,22 @@ def text(page: Page, selector: str) -> str:
 
 
 @pytest.mark.slow
+def test_what_pruning_costs(tmp_path):
+    runs = make_runs(samples=8, tokens=6)[:2]
+    for run in runs:
+        for number, sample in enumerate(run.finished):
+            sample.score = float(number % 2)
+            sample.fidelity = {"agreement": 0.5, "kl": 0.25, "exact": 0.0, "first_divergence": 2.0}
+    path = tmp_path / "report.html"
+    path.write_text(reports.render("html", runs), encoding="utf-8")
+    with Page(path) as page:
+        assert "What it costs" in text(page, "main")
+        assert "0.250 [0.250, 0.250]" in text(page, "main table:not(.words)")
+        assert page.run("document.documentElement.scrollWidth <= innerWidth")
+        assert page.errors == []
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize(("width", "dark"), [(1200, False), (390, True)])
 def test_page(file, width, dark):
     clicked = make_runs(samples=8, tokens=6)[0].samples[1]  # under Baseline

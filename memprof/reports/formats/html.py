@@ -84,6 +84,8 @@ def _group(sheet: Sheet) -> dict[str, Any]:
         "remarks": sheet.remarks,
         "head": sheet.head,
         "rows": sheet.rows,
+        "quality_head": sheet.quality_head,
+        "quality": sheet.quality,
         "static": first.static_bytes,
         "tokens": at,
         "samples": samples,

@@ -138,8 +138,8 @@
 
   const build = (g) => {
     const head = el("h2", {}, g.title, el("span", { class: `badge ${g.status}`, id: "status" }, g.status));
-    const table = el("table", {}, el("thead", {}, el("tr", {}, ...g.head.map((h) => el("th", {}, h)))),
-      el("tbody", {}, ...g.rows.map((row, i) => el("tr", {}, ...row.map((cell, j) =>
+    const table = (kind, names, rows) => el("table", { class: kind }, el("thead", {}, el("tr", {}, ...names.map((h) => el("th", {}, h)))),
+      el("tbody", {}, ...rows.map((row, i) => el("tr", {}, ...row.map((cell, j) =>
         j ? el("td", {}, cell) : el("td", {}, methodDot(g.runs[i]), cell))))));
     const methods = g.runs.map((run) => el("button", {
       class: "method", type: "button", "aria-pressed": "true", onclick: (event) => {
@@ -157,7 +157,12 @@
     return [
       head,
       el("p", { class: "muted" }, `${g.origin} · sizes in ${data.unit}`),
-      el("div", { class: "scroll" }, table),
+      el("div", { class: "scroll" }, table("words", g.head, g.rows)),
+      ...(g.quality.length ? [
+        el("h3", {}, "What it costs"),
+        el("p", { class: "muted" }, "Answers beside the right ones and beside the unpruned model's: mean [95 % bootstrap interval over samples]."),
+        el("div", { class: "scroll" }, table("", g.quality_head, g.quality)),
+      ] : []),
       ...g.remarks.map((text) => el("p", { class: "muted" }, text)),
       el("h3", {}, "Memory over the run"),
       el("p", { class: "muted" }, "The peak of each generated token. Hover for values, drag to zoom, click to look into a sample."),
