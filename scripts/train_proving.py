@@ -8,8 +8,8 @@ the same machine and versions. What carries the training, all of it dropped afte
 * a head that locates, after decoder layer 1, the character to be written next: layer 1 learns to look at the image;
 * text-to-image attention hidden in random subsets of all layers, background tokens dropped at random from layer 2 on;
 * Muon for matrices (Jordan et al. 2024, kellerjordan.github.io/posts/muon; here in float32), AdamW for the rest;
-* four questions packed on one image, each blind to the others. Two of them, choices among four characters, are not
-  learnt in these steps (the report's ``choice`` is chance); the shipped weights were made with them, so they stay.
+* two questions packed on one image, each blind to the other. That the last character alone can be asked for, with the
+  others given, needs no training of its own: it is the end of reading a string.
 
 Writes ``model.safetensors`` (float16), ``tokenizer.json`` and ``report.json`` with the gates.
 """
@@ -36,11 +36,9 @@ from memprof.families._proving.drawing import (
     HELD_OUT,
     INKS,
     LENGTHS,
-    LETTERS,
     SIZE,
     Question,
     Scene,
-    choice_question,
     draw_scene,
     read_question,
 )
@@ -101,10 +99,9 @@ class Batch:
 
 
 def segments() -> list[tuple[int, int]]:
-    """Start and length of each packed question with its answer: two to read, two to choose."""
-    read, choice = 2 + LENGTHS[1], 2 * len(LETTERS) + 2 + 1
-    starts = [PREFIX, PREFIX + read, PREFIX + 2 * read, PREFIX + 2 * read + choice]
-    return list(zip(starts, (read, read, choice, choice), strict=True))
+    """Start and length of each packed question with its answer: one for each line of the picture."""
+    length = 2 + LENGTHS[1]
+    return [(PREFIX, length), (PREFIX + length, length)]
 
 
 def layout() -> tuple[torch.Tensor, torch.Tensor]:
@@ -118,9 +115,9 @@ def layout() -> tuple[torch.Tensor, torch.Tensor]:
     return sees, positions[None]
 
 
-def questions(scene: Scene, seed: int) -> list[Question]:
+def questions(scene: Scene) -> list[Question]:
     """The packed questions of one picture."""
-    return [*(read_question(scene, k) for k in (0, 1)), *(choice_question(scene, k, seed) for k in (0, 1))]
+    return [read_question(scene, line) for line in (0, 1)]
 
 
 def under(scene: Scene) -> tuple[np.ndarray, list[np.ndarray]]:
@@ -153,7 +150,7 @@ def make_batch(seeds: Sequence[int]) -> Batch:
         cells, homes = under(scene)
         pixels.append(FAMILY.pixels(CARD, FAMILY.shape(CARD, SIZE, SIZE, 0, None), scene.image()))
         dense.append(cells)
-        for (start, _), question in zip(segments(), questions(scene, seed), strict=True):
+        for (start, _), question in zip(segments(), questions(scene), strict=True):
             asked = question.text.split()
             answer = [IDS[c] for c in question.answer] + [IDS["<eos>"]]
             first = start + len(asked) - 1  # the position that writes the answer's first token
@@ -390,10 +387,10 @@ def gates(model: Any, pictures: int, cuts: Sequence[int] = (1, 2, 3, 4), attenti
     """What a fair test bed must show, on held-out pictures.
 
     Returns:
-        ``read``, ``last`` and ``choice``: share of strings, of last characters (the others given) and of choices
-        exactly right, unpruned; ``..._drop2`` and so on the same with no visual token from that decoder layer on;
+        ``read`` and ``last``: share of strings, and of last characters with the others given, that are exactly right,
+        unpruned; ``..._drop2`` and so on the same with no visual token from that decoder layer on;
         ``attention_l``: the last prompt token's attention mass on visual tokens in layer l, mean over heads and
-        questions to read.
+        questions.
     """
     found: dict[str, list[float]] = {}
     model.eval()
@@ -403,12 +400,10 @@ def gates(model: Any, pictures: int, cuts: Sequence[int] = (1, 2, 3, 4), attenti
         for cut in (None, *cuts):
             masks = masks_for(len(batch.ids)) if cut is None else masks_for(len(batch.ids), None, none, cut)
             right = (forward(model, batch, masks).logits.argmax(-1) == batch.labels) | (batch.labels < 0)
-            for (start, count), kind in zip(segments(), ("read", "read", "choice", "choice"), strict=True):
+            for start, count in segments():
                 mine, end = right[:, start : start + count], batch.labels[:, start : start + count] == IDS["<eos>"]
-                scores = {kind: mine.all(1)}
-                if kind == "read":  # the last character, and that nothing follows it
-                    scores["last"] = (mine | ~(end | end.roll(-1, 1))).all(1)
-                for name, score in scores.items():
+                last = mine | ~(end | end.roll(-1, 1))  # the last character, and that nothing follows it
+                for name, score in (("read", mine.all(1)), ("last", last.all(1))):
                     key = name if cut is None else f"{name}_drop{cut}"
                     found.setdefault(key, []).extend(score.float().tolist())
     model.train()

@@ -15,7 +15,7 @@ import numpy.typing as npt
 
 from memprof.errors import BadValue
 from memprof.families import Card, Family, PromptShape
-from memprof.families._proving.drawing import CHARACTERS, INKS, LETTERS, SIZE, OwnQuestion
+from memprof.families._proving.drawing import CHARACTERS, INKS, SIZE, OwnQuestion
 from memprof.families._text import Special, encode_parts
 from memprof.families._tiling import cut_tiles, normalise
 from memprof.families.internvl import InternVL
@@ -28,8 +28,8 @@ if TYPE_CHECKING:
 
 #: Tokens by id: special ones, the words of its questions, the characters. Ids up to the image's are spare.
 SPECIALS = ("<pad>", "<bos>", "<eos>", "<unk>", "<img>", "</img>")
-VOCABULARY = (*SPECIALS, "read", "begins", *INKS, *LETTERS, *CHARACTERS)
-_VOCABULARY_SIZE = 48
+VOCABULARY = (*SPECIALS, "read", *INKS, *CHARACTERS)
+_VOCABULARY_SIZE = 40
 #: Id of ``<IMG_CONTEXT>``.
 _IMAGE = _VOCABULARY_SIZE - 1
 
@@ -103,7 +103,7 @@ class Proving(Family):
     def own_label(self, task: str) -> str:
         """How :meth:`own_questions` are to be named wherever a number from them is shown."""
         kind = "one character to read" if task == "ai2d" else "strings to read"
-        return f"proving model's own drawn questions ({kind}), in place of {task}'s"
+        return f"its own drawn questions ({kind}), in place of {task}'s"
 
     def own_questions(self, task: str, limit: int | None = None) -> Sequence[OwnQuestion]:
         """What this model can be asked in place of the bundled sample of ``task``, whose pictures it cannot read.

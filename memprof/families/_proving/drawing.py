@@ -22,7 +22,7 @@ INKS = {
     "red": (205, 30, 35), "green": (20, 135, 45), "blue": (30, 65, 205),
     "purple": (140, 30, 165), "orange": (235, 125, 10), "black": (20, 20, 24),
 }  # fmt: skip
-#: The classic 5x7 font: five columns a character, lowest bit on top. A to D are left to the options' letters.
+#: The classic 5x7 font: five columns a character, lowest bit on top.
 _FONT = {
     "E": "7f49494941", "F": "7f09090901", "H": "7f0808087f", "J": "2040413f01", "K": "7f08142241",
     "L": "7f40404040", "M": "7f020c027f", "N": "7f0408107f", "P": "7f09090906", "R": "7f09192946",
@@ -31,8 +31,6 @@ _FONT = {
 }  # fmt: skip
 #: Characters a string may have.
 CHARACTERS = "".join(_FONT)
-#: Letters of the four options of a choice.
-LETTERS = "ABCD"
 #: Shortest and longest string.
 LENGTHS = (4, 6)
 #: Pictures with seeds from here on were never trained on.
@@ -135,20 +133,6 @@ def last_question(scene: Scene, line: int) -> Question:
     """What is the last character of the string in this ink, the others being given? One token answers."""
     text = scene.lines[line].text
     return Question(" ".join(("read", scene.lines[line].ink, *text[:-1])), text[-1], line)
-
-
-def choice_question(scene: Scene, line: int, seed: int) -> Question:
-    """Which of four characters does the string in this ink begin with? The other string's first is an option.
-
-    Training asks it, and the shipped model did not learn it: no run does.
-    """
-    rng = np.random.default_rng((seed, line))
-    right, other = scene.lines[line].text[0], scene.lines[1 - line].text[0]
-    wrong = [other, *(str(c) for c in rng.permutation(list(CHARACTERS)))]
-    options = [right, *list(dict.fromkeys(c for c in wrong if c != right))[:3]]
-    order = rng.permutation(len(LETTERS))
-    listed = " ".join(f"{letter} {options[i]}" for letter, i in zip(LETTERS, order, strict=True))
-    return Question(f"{listed} begins {scene.lines[line].ink}", LETTERS[int(np.flatnonzero(order == 0)[0])], line)
 
 
 def _write(canvas: npt.NDArray[np.float32], ink: str, top: int, height: int, rng: np.random.Generator) -> Line:
