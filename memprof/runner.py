@@ -190,9 +190,14 @@ class Bench:
         if wanted != self._built:
             for kept in (self._models, self._predictors, self._predicted):
                 kept.clear()
+            gc.unfreeze()
             release(spec.device)
             self._built = wanted
-        return self._of_depth(spec, self.card.text["num_hidden_layers"])
+        depth = int(self.card.text["num_hidden_layers"])
+        if depth not in self._models:
+            self._of_depth(spec, depth)
+            gc.freeze()  # garbage is collected before every sample: it need not walk through all of transformers
+        return self._models[depth]
 
     def _of_depth(self, spec: RunSpec, depth: int) -> tuple[nn.Module, Meter]:
         """The model with ``depth`` decoder layers, and its meter."""

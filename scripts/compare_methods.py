@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import gc
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -54,10 +53,7 @@ def make_runs(folder: Path, task: str, specs: Sequence[str], samples: int, seed:
             model="proving", method=method, task=task, device="cpu", dtype="float32", limit=samples, max_new_tokens=8,
             seed=seed,
         )  # fmt: skip
-        if bench is None:
-            bench = Bench(spec)
-            bench.ready(spec)
-            gc.freeze()  # a run collects garbage before every sample: let it not walk through all of transformers
+        bench = bench or Bench(spec)
         path = folder / task / method.replace(":", "_")
         found.append(run(spec, path, bench=bench, resume=path.exists(), judge=judge))
         print(task, method, bootstrap(s.score or 0.0 for s in found[-1].finished).mean, flush=True)
