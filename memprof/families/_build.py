@@ -8,17 +8,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from memprof.errors import BadValue
 from memprof.families import Card, Family
-
-DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
-
-
-def dtype_of(name: str) -> torch.dtype:
-    """The torch dtype called ``name``; raises BadValue with the valid names."""
-    if name not in DTYPES:
-        raise BadValue(f"unknown dtype {name!r}; valid: {', '.join(DTYPES)}")
-    return DTYPES[name]
+from memprof.families._checkpoint import dtype_of, load_checkpoint
 
 
 def build_model(
@@ -59,8 +50,6 @@ def build_model(
 
         model: nn.Module = build_weightless(from_config)
     elif weights != "random":
-        from memprof.families._checkpoint import load_checkpoint
-
         loaded: nn.Module = load_checkpoint(family, card, weights, device=device, dtype=dtype, attention=implementation)
         return loaded
     else:

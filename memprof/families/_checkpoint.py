@@ -15,15 +15,22 @@ import torch
 from huggingface_hub.errors import StrictDataclassError
 from torch import nn
 
-from memprof.errors import WeightsError
+from memprof.errors import BadValue, WeightsError
 from memprof.families import Card, Family
-from memprof.families._build import dtype_of
 from memprof.families._files import Stored, folder_of, locate, read_json, stored_tensors
 from memprof.families._layouts import Piece, card_of, config_of, name_of, pieces_of
 from memprof.families._text import special_tokens
 
 #: Dtypes a weight may be stored in; others mean a quantised checkpoint.
 _FLOATS = ("F64", "F32", "F16", "BF16")
+DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+
+
+def dtype_of(name: str) -> torch.dtype:
+    """The torch dtype called ``name``; raises BadValue with the valid names."""
+    if name not in DTYPES:
+        raise BadValue(f"unknown dtype {name!r}; valid: {', '.join(DTYPES)}")
+    return DTYPES[name]
 
 
 def card_from_checkpoint(family: Family, card: Card, weights: str) -> Card:

@@ -9,18 +9,10 @@ from pathlib import Path
 import pytest
 from asking import checkpoint, picture
 from safetensors.torch import save_file
+from typed import call
 
-from memprof.cli import main
 from memprof.families import find_model, proving
 from memprof.families._build import build_model
-
-
-def call(capsys: pytest.CaptureFixture[str], *words: str) -> tuple[int, str, str]:
-    with pytest.raises(SystemExit) as done:
-        main(list(words))
-    out = capsys.readouterr()
-    assert isinstance(done.value.code, int)
-    return done.value.code, out.out, out.err
 
 
 @pytest.fixture(scope="module")

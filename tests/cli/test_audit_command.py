@@ -6,15 +6,9 @@ import json
 from pathlib import Path
 
 import pytest
+from typed import call
 
 from memprof.cli import main
-
-
-def call(capsys: pytest.CaptureFixture[str], *words: str) -> tuple[int, str, str]:
-    with pytest.raises(SystemExit) as end:
-        main(list(words))
-    out, err = capsys.readouterr()
-    return int(end.value.code or 0), out, err
 
 
 @pytest.fixture(scope="module")

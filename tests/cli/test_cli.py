@@ -6,16 +6,9 @@ import json
 from pathlib import Path
 
 import pytest
+from typed import call
 
-from memprof.cli import commands, main
-
-
-def call(capsys: pytest.CaptureFixture[str], *words: str) -> tuple[int, str, str]:
-    with pytest.raises(SystemExit) as done:
-        main(list(words))
-    out = capsys.readouterr()
-    assert isinstance(done.value.code, int)
-    return done.value.code, out.out, out.err
+from memprof.cli import commands
 
 
 @pytest.fixture

@@ -7,19 +7,11 @@ import sys
 from pathlib import Path
 
 import pytest
+from typed import call
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "figures"))
 
 from synthetic import make_runs, write_runs
-
-from memprof.cli import main
-
-
-def call(capsys: pytest.CaptureFixture[str], *words: str) -> tuple[int, str, str]:
-    with pytest.raises(SystemExit) as end:
-        main(list(words))
-    out, err = capsys.readouterr()
-    return int(end.value.code or 0), out, err
 
 
 @pytest.fixture(scope="module")

@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from typed import call
 
 from memprof.analysis import fit as fits
-from memprof.cli import main
 from memprof.errors import BadValue, DataError, DoesNotFit
 from memprof.families import PromptShape
 from memprof.plugins import split_spec
@@ -25,13 +25,6 @@ from memprof.units import GIB, MIB
 pytest.importorskip("optuna")
 STATIC = 4 * GIB
 
-
-def call(capsys: pytest.CaptureFixture[str], *words: str) -> tuple[int, str, str]:
-    with pytest.raises(SystemExit) as done:
-        main(list(words))
-    out = capsys.readouterr()
-    assert isinstance(done.value.code, int)
-    return done.value.code, out.out, out.err
 
 
 class Meter:
