@@ -18,3 +18,9 @@ def shared() -> Path:
     if not SHARED.is_dir():
         pytest.skip("../shared is not here")
     return SHARED
+
+
+@pytest.fixture(autouse=True)
+def one_width(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every terminal is as wide as the next, whoever runs the tests."""
+    monkeypatch.setenv("COLUMNS", "120")
