@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import dataclasses
 import os
-from bisect import bisect_left
 from collections.abc import Callable
 from typing import Any, ClassVar, NamedTuple
 
@@ -17,7 +15,7 @@ from memprof.meters import Meter, weights_of
 from memprof.records import PARTS, Status
 from memprof.simulator.allocator import BLOCK_BYTES
 from memprof.simulator.ledger import Ledger
-from memprof.simulator.replay import Reading, read_plain
+from memprof.simulator.replay import Reading, read_spans
 from memprof.simulator.trace import Trace
 
 #: While what is generated operators are told apart: ``prefill`` (caches afterwards too), ``all``, or ``none``.
@@ -216,18 +214,14 @@ class CudaMeter(Meter):
         self.counter.close()
         reading = self._reading
         spans = [span for span in self._spans if span.token < len(reading.allocated_bytes)]
-        reading.parts = dict.fromkeys(PARTS, 0)
         if spans:
-            top = max(spans, key=lambda span: span.peaks.peak_allocated)
-            reading.peak_token, reading.peak_phase = top.token, top.phase
             highest = dict[int, _Span]()  # of each token
             for span in spans:
                 if span.token not in highest or span.peaks.peak_allocated > highest[span.token].peaks.peak_allocated:
                     highest[span.token] = span
-            said = {token: _explain(span, trace, static) for token, span in highest.items()}
-            reading.parts, reading.holders = said[top.token].parts, said[top.token].holders
-            columns = {part: [one.parts[part] for one in said.values()] for part in PARTS}
-            reading.token_parts = {part: column for part, column in columns.items() if any(column)}
+            _explain(reading, list(highest.values()), trace, static)
+        else:
+            reading.parts = dict.fromkeys(PARTS, 0)
         seen = [span.peaks.peak_allocated for span in spans if span.phase == "vision"]
         reading.vision_peak_bytes = max(seen, default=0)
         return reading
@@ -251,27 +245,24 @@ class _Span(NamedTuple):
     peaks: Counters
 
 
-def _explain(span: _Span, trace: Trace | None, static: int) -> Reading:
-    """Parts and holders at the highest instant the ledger saw in ``span``; what the counters say beyond that is
-    ``unexplained``.
+def _explain(reading: Reading, spans: list[_Span], trace: Trace | None, static: int) -> None:
+    """Fill in token, phase, parts and holders of the peak, and every token's parts.
+
+    They are those of the highest instant the ledger saw in each token's highest span; what the counters say beyond that
+    is ``unexplained``.
     """
-    said = read_plain(_only(trace, span), static, BLOCK_BYTES) if trace is not None else Reading()
-    said.parts = dict.fromkeys(PARTS, 0) | said.parts
-    said.parts["unexplained"] = span.peaks.peak_allocated - static - sum(said.parts.values())
-    return said
-
-
-def _only(trace: Trace, span: _Span) -> Trace:
-    """``trace`` as if there had been ``span`` alone: what was held when it began, and what happened in it."""
-    held = set(trace.live_after(span.begin))
-    before = [at for at, event in enumerate(trace.events[: span.begin]) if event in held]
-    events = [trace.events[at] for at in before] + trace.events[span.begin : span.stop]
-    phases = [
-        (bisect_left(before, at) if at < span.begin else at - span.begin + len(before), name)
-        for at, name in trace.phases
-        if at <= span.stop
+    top = max(spans, key=lambda span: span.peaks.peak_allocated)
+    seen = Reading()
+    if trace is not None:
+        seen = read_spans(trace, [(span.begin, span.stop) for span in spans], spans.index(top), BLOCK_BYTES)
+    columns = {part: seen.token_parts.get(part, [0] * len(spans)) for part in PARTS}
+    columns["unexplained"] = [
+        span.peaks.peak_allocated - static - sum(known) for span, *known in zip(spans, *columns.values(), strict=True)
     ]
-    return dataclasses.replace(trace, events=events, marks=[len(events)], phases=phases)
+    reading.peak_token, reading.peak_phase = top.token, top.phase
+    reading.parts = {part: column[spans.index(top)] for part, column in columns.items()}
+    reading.token_parts = {part: column for part, column in columns.items() if any(column)}
+    reading.holders = seen.holders
 
 
 class _RestingLedger(Ledger):

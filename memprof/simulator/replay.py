@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, field
 from hashlib import blake2b
 from itertools import pairwise
@@ -37,7 +37,7 @@ class Reading:
             throughout.
         holders: The largest tensors alive then, biggest first.
         refused: The allocation a card of the given size would have refused, in words, or None. Then the columns end
-            with the last token that was done before, and the instant is that of the refusal.
+            with the last token that was done before, and the highest instant is that up to the refusal.
     """
 
     peak_allocated_bytes: list[int] = field(default_factory=list)
@@ -95,9 +95,29 @@ class Timeline:
 def read_plain(trace: Trace, static_bytes: int, rounding: int = 1) -> Reading:
     """Read ``trace`` with every storage rounded up to ``rounding`` bytes and no allocator behind it."""
     line = Timeline(trace)
-    sizes = -(-np.asarray(trace.nbytes, dtype=np.int64) // rounding) * rounding
+    sizes = _rounded(trace, rounding)
     reading = _read(trace, line, sizes, line.level(sizes, static_bytes))
     reading.reserved_bytes = list(reading.peak_allocated_bytes)
+    return reading
+
+
+def _rounded(trace: Trace, rounding: int) -> Ints:
+    """Each slot's bytes, rounded up: ``(slots,)``."""
+    return -(-np.asarray(trace.nbytes, dtype=np.int64) // rounding) * rounding
+
+
+def read_spans(trace: Trace, spans: Sequence[tuple[int, int]], top: int, rounding: int = 1) -> Reading:
+    """Who held what at the highest instant inside each of ``spans`` (``token_parts``) and inside span number ``top``.
+
+    A span is its first event and the one after its last; they are in order. Storages are rounded up to ``rounding``
+    bytes.
+    """
+    line = Timeline(trace)
+    sizes = _rounded(trace, rounding)
+    level = line.level(sizes)
+    tops = [begin + int(np.argmax(level[begin : stop + 1])) for begin, stop in spans]
+    reading = Reading(token_parts=_parts_after(line, sizes, tops))
+    _read_peak(reading, trace, line, sizes, tops[top] - 1)
     return reading
 
 

@@ -21,8 +21,10 @@ from memprof.profiler import Profiler
 from memprof.pruning import build_pruner
 from memprof.records import PARTS
 from memprof.runner import place, profile_prompt
+from memprof.simulator import replay
 from memprof.simulator.ledger import Ledger
 from memprof.simulator.replay import Reading
+from memprof.simulator.trace import Trace
 
 STATIC, BLOCK = 10**6, 512
 
@@ -170,6 +172,19 @@ def test_a_peak_in_decoding_is_told_apart_as_far_as_it_was_watched(card: Card) -
     assert reading.parts["unexplained"] >= 2_000_000
     assert all_along.parts["unexplained"] == 0
     assert sum(reading.parts.values()) == max(reading.peak_allocated_bytes) - STATIC
+
+
+def test_the_trace_is_gone_through_once_however_many_tokens(card: Card, monkeypatch: pytest.MonkeyPatch) -> None:
+    made = list[replay.Timeline]()
+
+    class Counted(replay.Timeline):
+        def __init__(self, trace: Trace) -> None:
+            super().__init__(trace)
+            made.append(self)
+
+    monkeypatch.setattr(replay, "Timeline", Counted)
+    measured(card, "all", tokens=6)
+    assert len(made) == 1
 
 
 def test_after_prefill_nothing_but_ends_and_caches_is_watched(card: Card) -> None:

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from memprof.records import PARTS
 from memprof.simulator.allocator import AllocatorSettings, CachingAllocator
-from memprof.simulator.replay import read_cuda, read_plain
+from memprof.simulator.replay import read_cuda, read_plain, read_spans
 from memprof.simulator.trace import Trace
 from memprof.units import MIB
 
@@ -84,3 +84,39 @@ def test_without_an_allocator() -> None:
     assert [holder.op for holder in reading.holders] == ["b", "a"]
     assert read_plain(trace, 0, rounding=512).peak_allocated_bytes == [512, 512 + 1_024]
     assert read_plain(Trace(), 7).peak_allocated_bytes == []
+
+
+def held_at_its_highest(trace: Trace, begin: int, stop: int, rounding: int) -> dict[int, int]:
+    """Slots and their bytes at the highest instant inside a span, by walking from the first event."""
+    held: dict[int, int] = {}
+    most, highest = -1, dict[int, int]()
+    for count in range(stop + 1):
+        if count:
+            event = trace.events[count - 1]
+            if event >= 0:
+                held[event] = -(-trace.nbytes[event] // rounding) * rounding
+            else:
+                del held[~event]
+        if count >= begin and sum(held.values()) > most:
+            most, highest = sum(held.values()), dict(held)
+    return highest
+
+
+@settings(deadline=None, max_examples=30)
+@given(st.integers(0, 10**6), st.integers(1, 6))
+def test_spans_are_read_in_one_pass_as_each_by_itself(seed: int, tokens: int) -> None:
+    trace = a_trace(seed, tokens, 40_000)
+    draw = random.Random(seed)
+    ends = [0, *trace.marks]
+    spans = [(draw.randint(ends[i], ends[i + 1]), ends[i + 1]) for i in range(tokens)]
+    top = draw.randrange(tokens)
+    reading = read_spans(trace, spans, top, 512)
+    for number, span in enumerate(spans):
+        held = held_at_its_highest(trace, *span, 512)
+        parts = dict.fromkeys(PARTS, 0)
+        for slot, size in held.items():
+            parts[trace.parts[slot]] += size
+        assert {p: reading.token_parts.get(p, [0] * tokens)[number] for p in PARTS} == parts
+        if number == top and held:
+            assert reading.parts == parts
+            assert [h.bytes for h in reading.holders] == sorted(held.values(), reverse=True)[:24]
