@@ -251,6 +251,12 @@ def _notes(found: Explanation, base: int) -> list[str]:
         return [
             f"the peak was measured; what would lower it is predicted (this run's own prediction is {gap:+.1%} off)"
         ]
+    card, notes = found.spec["gpu"], list[str]()
+    if card is not None:
+        notes.append(f"what would lower it is predicted without the memory limit of {card}, so that each peak is whole")
     if base != found.dynamic_peak_bytes:
-        return ["the run was predicted by another version of memprof, torch or transformers; answers use this one"]
-    return []
+        under = "under that limit, or " if card is not None else ""
+        notes.append(
+            f"the run was predicted {under}by another version of memprof, torch or transformers; answers use this one"
+        )
+    return notes

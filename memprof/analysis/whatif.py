@@ -20,6 +20,8 @@ from memprof import scopes
 from memprof.anatomy import anatomy
 from memprof.errors import UsageError
 from memprof.families import PromptShape
+from memprof.meters import Meter
+from memprof.meters.sim import SimMeter
 from memprof.pruning import Pruner, build_pruner, kept_share, method_spec
 from memprof.records import RunSpec
 from memprof.runner import Bench, make_prompt, model_of, profile_prompt
@@ -236,8 +238,25 @@ def _to_int8(wide: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 # -- running them ------------------------------------------------------------------------------------------------------
 
 
+class _Roomy(Bench):
+    """A bench that predicts for a card without its memory limit, so that what the card would refuse is seen whole.
+
+    Kernels and workspaces are the card's.
+    """
+
+    def ready(self, spec: RunSpec) -> tuple[nn.Module, Meter]:
+        """The model and its meter for ``spec``, which never refuses."""
+        model, meter = super().ready(spec)
+        if isinstance(meter, SimMeter) and meter.loaded.limit_bytes is not None:
+            meter.loaded = meter.loaded.unlimited()
+        return model, meter
+
+
 class Benches:
-    """Predicts prompts under changes. Models without storage are kept, one for each kind of attention."""
+    """Predicts prompts under changes. Models without storage are kept, one for each kind of attention.
+
+    Where a card was asked for, its memory limit is left out: a peak that was cut short would pass for a low one.
+    """
 
     #: Tokens made first; more are made only if they could reach the peak.
     FEW = 2
@@ -261,7 +280,7 @@ class Benches:
     def _run(self, spec: RunSpec, change: Change) -> dict[str, Any]:
         key = (spec.model, spec.dtype, spec.weights, spec.attention)
         if key not in self._benches:
-            self._benches[key] = Bench(spec)
+            self._benches[key] = _Roomy(spec)
         bench = self._benches[key]
         if not change.around:
             return bench.outcome(spec, change.pruner, change.shape, spec.seed).memory

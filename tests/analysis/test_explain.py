@@ -20,6 +20,7 @@ from memprof.analysis.whatif import (
     chunked_vision,
     floor,
     quantised_cache,
+    vision_in_chunks,
 )  # fmt: skip
 from memprof.errors import DataError, UnknownName
 from memprof.meters import meter_for
@@ -185,6 +186,22 @@ def change(method: str, stack: str = "paper", device: str = "sim", tiles: int = 
     spec, pruner, _ = complete_spec(RunSpec("internvl2-2b", method, "ai2d", device, stack))
     bench = Bench(spec)
     return Change(spec, pruner, bench.family.shape(bench.card, 448 * (tiles - 1), 448, 42, None))
+
+
+def test_a_cards_limit_cuts_no_answer_short() -> None:
+    now, benches = next(vision_in_chunks(change("topv", tiles=3))), Benches()
+    # The weights fit on this card, and no prompt beside them.
+    tight = dataclasses.replace(now, spec=dataclasses.replace(now.spec, gpu="4.8GiB"))
+    found = benches.memory(tight)
+    (bench,) = benches._benches.values()
+    assert bench.ready(dataclasses.replace(tight.spec, weights="random", warmup=0))[1].card.name == "4.8GiB"
+    assert found == benches.memory(now)
+
+
+def test_answers_without_the_limit_say_so(small: Run) -> None:
+    record = dataclasses.replace(small.record, spec=dataclasses.replace(small.record.spec, gpu="8GiB"))
+    (note,) = explain(Run(record, small.samples), benches=_Same(small)).notes
+    assert note.startswith("what would lower it is predicted without the memory limit of 8GiB")
 
 
 @pytest.mark.parametrize("method", ["baseline", "fastv", "topv", "uniform"])
