@@ -149,18 +149,33 @@ def find_runs(paths: Iterable[Path | str]) -> list[Run]:
 
 
 def join_shards(runs: Iterable[Run]) -> list[Run]:
-    """Runs that differ by their shard alone, as one run with its samples in the task's order; others as they are."""
-    groups: dict[str, list[Run]] = {}
+    """Runs that differ by their shard alone, as one run with its samples in the task's order; others as they are.
+
+    Shards of one run lie side by side in a folder and are of one count: the same experiment of another day is another
+    run.
+
+    Raises:
+        DataError: A shard is there twice.
+    """
+    groups: dict[tuple[str, ...], list[Run]] = {}
     for run in runs:
-        whole = replace(run.record.spec, shard=None)
-        key = f"{whole}" if run.record.spec.shard else f"{run.path}"
+        key: tuple[str, ...] = (f"{run.path}",)
+        if run.record.spec.shard:
+            whole, count = replace(run.record.spec, shard=None), run.record.spec.shard.split("/")[1]
+            key = str(Path(run.path or "").parent), count, f"{whole}"
         groups.setdefault(key, []).append(run)
     return [_joined(group) if group[0].record.spec.shard else group[0] for group in groups.values()]
 
 
 def _joined(shards: list[Run]) -> Run:
     """One run of several shards; complete only if every shard is there and complete."""
-    numbered = {int((run.record.spec.shard or "1/1").split("/")[0]): run for run in shards}
+    numbered: dict[int, Run] = {}
+    for run in shards:
+        shard = run.record.spec.shard or "1/1"
+        other = numbered.setdefault(int(shard.split("/")[0]), run)
+        if other.path != run.path:
+            raise DataError(f"shard {shard} of one run is in {other.path} and in {run.path}; move one of them away")
+    shards = list(numbered.values())
     count = int((shards[0].record.spec.shard or "1/1").split("/")[1])
     first = numbered[min(numbered)]
     cuts = [(run.record.visual_flops_cut, len(run.finished)) for run in shards]

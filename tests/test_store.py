@@ -106,3 +106,31 @@ def test_shards_become_one_run(tmp_path: Path) -> None:
     assert other.record.spec.method == "topv"
     shutil.rmtree(tmp_path / "baseline.3of3")
     assert not find_runs([tmp_path])[0].record.complete
+
+
+def shard(path: Path, which: str, ids: str) -> None:
+    with RunFolder.open(path, record(shard=which)) as folder:
+        for name in ids:
+            folder.append(sample(name))
+        folder.record.complete = True
+        folder.save()
+
+
+def test_shards_of_another_day_are_another_run(tmp_path: Path) -> None:
+    for day, ids in (("monday", ("ac", "b")), ("tuesday", ("xz", "y"))):
+        for number in (1, 2):
+            shard(tmp_path / day / f"{number}of2", f"{number}/2", ids[number - 1])
+    shard(tmp_path / "tuesday" / "3of4", "3/4", "q")
+    monday, tuesday, stray = find_runs([tmp_path / "monday", tmp_path / "tuesday"])
+    assert ["".join(s.id for s in run.samples) for run in (monday, tuesday, stray)] == ["abc", "xyz", "q"]
+    assert (monday.record.complete, tuesday.record.complete, stray.record.complete) == (True, True, False)
+    assert monday.path == str(tmp_path / "monday")
+
+
+def test_a_shard_that_is_there_twice_is_refused(tmp_path: Path) -> None:
+    for name, which in (("a", "1/2"), ("b", "2/2"), ("c", "1/2")):
+        shard(tmp_path / name, which, name)
+    with pytest.raises(DataError, match=r"shard 1/2 of one run is in .*/a and in .*/c"):
+        find_runs([tmp_path])
+    found = find_runs([tmp_path / "a", tmp_path / "b", tmp_path / "b"])  # named twice is not there twice
+    assert [s.id for s in found[0].samples] == ["a", "b"]
