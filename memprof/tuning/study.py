@@ -308,7 +308,7 @@ class _Bisection(BaseSampler):  # type: ignore[misc]
     def choose(self, trials: Sequence[FrozenTrial]) -> tuple[str, float | None] | None:
         """Of the methods that are not known yet the one evaluated least, and its next value; None at the end."""
         open_ = [
-            (len(self._seen(method, trials)), method, value)
+            (len(self._seen(method, trials)) + sum(map(_failed, self._of(method, trials))), method, value)
             for method, fields in self.question.fields.items()
             if (value := self.next_of(method, trials)) is not None or (not fields and not self._tried(method, trials))
         ]
@@ -321,7 +321,8 @@ class _Bisection(BaseSampler):  # type: ignore[misc]
             return None
         field, key = fields[0], _key(self.question, method, fields[0].name)
         mine = [t for t in self._of(method, trials) if key in t.params]
-        busy = [field.tidy(t.params[key]) for t in mine if t.state in _LIVE]
+        # What failed says nothing of memory, and would fail again: as what others evaluate, it is not to be tried.
+        busy = [field.tidy(t.params[key]) for t in mine if t.state in _LIVE or _failed(t)]
         return next_value(self._seen(method, trials), field.low, field.high, step=field.step, busy=busy)
 
     def _seen(self, method: str, trials: Sequence[FrozenTrial]) -> list[tuple[float, float]]:
@@ -408,10 +409,15 @@ def _draw(trial: Any, key: str, field: Field) -> Any:
 
 
 def _over(question: Question, result: Result) -> float | None:
-    """Bytes above the budget, None without one; above 0 in any case for what ran out of memory or was not launched."""
+    """Bytes above the budget; None without one, and for what failed and says nothing of memory.
+
+    Above 0 in any case for what ran out of memory or was not launched.
+    """
     if result.status in ("oom", "not launched"):
         return float(max(result.peak_allocated_bytes - (question.budget_bytes or 0), MIB))
-    return None if question.budget_bytes is None else float(result.peak_allocated_bytes - question.budget_bytes)
+    if question.budget_bytes is None or result.status == "failed":
+        return None
+    return float(result.peak_allocated_bytes - question.budget_bytes)
 
 
 def _failed(trial: FrozenTrial) -> bool:

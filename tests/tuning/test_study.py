@@ -125,6 +125,41 @@ def test_out_of_memory_and_failure_are_rows(tmp_path: Path) -> None:
     assert best.result.kept_share <= 0.6
 
 
+@pytest.mark.parametrize("broken", [{1}, {2}, {3}, {1, 2, 3, 4}, set(range(1, 99))])
+def test_a_bisection_goes_on_around_a_failure_and_ends(broken: set[int], monkeypatch: pytest.MonkeyPatch) -> None:
+    stub = Stub()
+    monkeypatch.setattr(Session, "_drop", lambda *_: pytest.fail("a worker alone tries nothing twice"))
+
+    def evaluate(method: str, name: str) -> Result:
+        found = stub(method, name)
+        return Result("failed", error="the driver went away") if len(stub.calls) in broken else found
+
+    asked = question("topv", "baseline")
+    rows = Session(asked).work(evaluate, 40)
+    assert len(rows) == len(stub.calls) == len(set(stub.calls)) <= 11
+    assert sum(row.result.status == "failed" for row in rows if row.result) == min(len(broken), len(rows))
+    best = answer.best_of(asked, rows)
+    if len(broken) > 9:
+        assert best is None
+        assert str(answer.nothing_found(asked, rows, 4 * GIB, "GiB")).endswith("the driver went away")
+    else:
+        assert best is not None
+        assert best.params["keep"] == pytest.approx(0.3435, rel=0.01)  # as where nothing fails
+
+
+def test_a_failure_does_not_pass_for_a_setting_that_fits() -> None:
+    stub = Stub()
+
+    def evaluate(method: str, name: str) -> Result:
+        found = stub(method, name)
+        return Result("failed", error="the driver went away") if len(stub.calls) == 2 else found
+
+    asked = question("topv", budget_bytes=int(4.1 * GIB))
+    rows = Session(asked).work(evaluate, 20)
+    assert [row.fits for row in rows if row.result and row.result.status == "failed"] == [None]
+    assert "the floor is 4.378 GiB" in str(answer.nothing_found(asked, rows, 4 * GIB, "GiB"))
+
+
 def test_another_question_is_not_mixed_in(tmp_path: Path) -> None:
     storage = f"journal://{tmp_path}/s"
     Session(question("topv"), open_storage(storage), "one").work(Stub(), 2)
