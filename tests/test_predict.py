@@ -12,9 +12,12 @@ import pytest
 from tiny import tiny_card
 
 from memprof import predict, runner
+from memprof.errors import DoesNotFit
 from memprof.families import FAMILIES, PromptShape
 from memprof.records import RunSpec
 from memprof.runner import Bench, complete_spec
+from memprof.simulator.cards import CONTEXT_BYTES
+from memprof.units import MIB
 
 #: Every kind of program there is: nothing cut, a row or a map read, a selection by itself, a mask, several cuts.
 CASES = (
@@ -185,9 +188,9 @@ def test_where_programs_are_kept(monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 
 
 def test_a_card_that_is_too_small(monkeypatch: pytest.MonkeyPatch) -> None:
-    """8 MiB hold the tiny model and short prompts; the first block above 1 MiB would need a segment of 20 MiB."""
+    """8 MiB beside the context hold the tiny model and short prompts; a block above 1 MiB needs a segment of 20 MiB."""
     bench, spec, pruner = bench_of(monkeypatch, "baseline", "paper")
-    spec = dataclasses.replace(spec, max_new_tokens=2, gpu="8MiB")
+    spec = dataclasses.replace(spec, max_new_tokens=2, gpu=str(8 * MIB + CONTEXT_BYTES))
     shapes = [bench.family.shape(bench.card, 100, 100, text, 1) for text in (20, 60, 90, 110, 130, 150, 4000)]
     bench.foresee(spec, pruner, shapes)
     fits, refused = (bench.outcome(spec, pruner, shape, 0) for shape in (shapes[1], shapes[-1]))
@@ -195,6 +198,9 @@ def test_a_card_that_is_too_small(monkeypatch: pytest.MonkeyPatch) -> None:
     assert len(fits.memory["tokens"]) == 2
     assert refused.refused is not None
     assert "out of memory" in refused.refused
+    assert "of 0.496 GiB, 0.488 GiB are the CUDA context" in refused.refused
     model, meter = bench.ready(spec)
     assert refused == bench._profile(model, meter, pruner, "paper", shapes[-1], 2, 0)
     assert {len(column) for column in vars(refused.memory["tokens"]).values()} == {0}
+    with pytest.raises(DoesNotFit, match=r"do not fit on 8MiB: .* are the CUDA context"):
+        bench.ready(dataclasses.replace(spec, gpu="8MiB"))

@@ -43,7 +43,7 @@ class SimMeter(TracedMeter):
         super().__init__(model)
         self.card = card
         #: The allocator once the weights are loaded, one after another, and the first matrix products are done.
-        self.loaded = CachingAllocator(allocator_settings(), card.memory_bytes)
+        self.loaded = CachingAllocator(allocator_settings(), card.memory_bytes, card.context_bytes)
         #: What lasts, by address: its name, and the bytes asked for.
         self.lasting: dict[int, tuple[str, int]] = {}
         for name, weight in weights_of(model):
@@ -87,6 +87,7 @@ class SimMeter(TracedMeter):
         return {
             "gpu": self.card.name,
             "gpu_memory_bytes": self.card.memory_bytes,
+            "gpu_context_bytes": self.card.context_bytes,
             "compute_capability": ".".join(map(str, self.card.capability)),
             "gpu_source": self.card.source,
         }

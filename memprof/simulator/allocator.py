@@ -254,14 +254,17 @@ class Refusal:
     segment_bytes: int
     allocated_bytes: int
     reserved_bytes: int
-    #: The device, or the share of it that the settings allow.
+    #: The device, or the share of it that the settings allow, whichever refused.
     capacity_bytes: int
+    #: What the process takes of the device beside segments; 0 where the share refused, which does not count it.
+    context_bytes: int = 0
 
     def __str__(self) -> str:
         """One line: what, how much more, and what holds the rest."""
+        context = f"{format_bytes(self.context_bytes)} are the CUDA context, " if self.context_bytes else ""
         return (
             f"out of memory: allocating {format_bytes(self.requested_bytes)} needs a segment of "
-            f"{format_bytes(self.segment_bytes)}; of {format_bytes(self.capacity_bytes)}, "
+            f"{format_bytes(self.segment_bytes)}; of {format_bytes(self.capacity_bytes)}, {context}"
             f"{format_bytes(self.reserved_bytes)} are reserved and {format_bytes(self.allocated_bytes)} allocated"
         )
 
@@ -335,9 +338,10 @@ class _Pool:
 class CachingAllocator:
     """One device's caching allocator: ``malloc`` and ``free``, or a whole program with ``replay``.
 
-    ``capacity_bytes`` is what the driver can give this process (None: no limit). ``place`` says at which address the
-    driver puts a new segment of so many bytes (None: upwards, never adjacent); it matters only to meet a recorded trace
-    address for address, since addresses break ties between equal blocks.
+    ``capacity_bytes`` is the device (None: no limit), and ``context_bytes`` what this process takes of it beside
+    segments: the driver gives the rest. ``per_process_memory_fraction`` is of the whole device, as in torch. ``place``
+    says at which address the driver puts a new segment of so many bytes (None: upwards, never adjacent); it matters
+    only to meet a recorded trace address for address, since addresses break ties between equal blocks.
 
     Raises :class:`memprof.errors.OutOfMemory` from :meth:`malloc` when even releasing the cache does not help;
     :attr:`refused` then says what was refused.
@@ -347,15 +351,17 @@ class CachingAllocator:
         self,
         settings: AllocatorSettings | None = None,
         capacity_bytes: int | None = None,
+        context_bytes: int = 0,
         *,
         place: Callable[[int], int] | None = None,
         on_segment: SegmentHook | None = None,
     ) -> None:
         self.settings = settings = settings or AllocatorSettings()
         self.capacity_bytes = capacity_bytes
-        self._driver_limit = _NEVER if capacity_bytes is None else capacity_bytes
+        self.context_bytes = context_bytes
+        self._driver_limit = _NEVER if capacity_bytes is None else max(0, capacity_bytes - context_bytes)
         share = settings.per_process_memory_fraction
-        self._allowed = int(share * self._driver_limit) if share < 1 and capacity_bytes is not None else None
+        self._allowed = int(share * capacity_bytes) if share < 1 and capacity_bytes is not None else None
         self._gc = self._allowed is not None and settings.garbage_collection_threshold > 0
         self._max_split = _NEVER if settings.max_split_size_mb is None else settings.max_split_size_mb * MIB
         self._place = place or self._next_address
@@ -401,8 +407,10 @@ class CachingAllocator:
 
     @property
     def limit_bytes(self) -> int | None:
-        """The most it may reserve: the device, or the share of it that the settings allow; None without a limit."""
-        return self.capacity_bytes if self._allowed is None else self._allowed
+        """The most it may reserve: the device less the context, or the share allowed; None without a limit."""
+        if self.capacity_bytes is None:
+            return None
+        return self._driver_limit if self._allowed is None else min(self._allowed, self._driver_limit)
 
     @property
     def allocated(self) -> int:
@@ -748,9 +756,10 @@ class CachingAllocator:
             self.empty_cache()
             i = self._obtain(pool, want)
         if i < 0:
-            capacity = self._driver_limit if self._allowed is None else self._allowed
+            by_share = self.limit_bytes == self._allowed
+            capacity, context = (self._allowed, 0) if by_share else (self.capacity_bytes, self.context_bytes)
             request = self.settings.segment_size(want)
-            self.refused = Refusal(want, request, self._allocated, self._reserved, capacity)
+            self.refused = Refusal(want, request, self._allocated, self._reserved, capacity or 0, context)
             raise OutOfMemory(str(self.refused))
         return i
 

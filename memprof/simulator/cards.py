@@ -9,7 +9,7 @@ import json
 import os
 import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from difflib import get_close_matches
 from math import prod
 from pathlib import Path
@@ -18,11 +18,16 @@ from typing import Any
 from memprof.errors import BadValue, DataError
 from memprof.units import GIB, KIB, MIB, parse_bytes
 
-#: What a process holds on a card beside the caching allocator's segments (context, kernels' code). It differs by
-#: driver, card and libraries; this is "memory in use" less "allocated" and "reserved but unallocated" in two
-#: out-of-memory messages of PyTorch on an RTX 4090 (0.49 GiB: 3DTopia/Phidias-Diffusion#8; 0.46 GiB:
-#: pinokiofactory/flux-webui#11).
-CONTEXT_BYTES = GIB // 2
+#: What a process takes from a card beside the caching allocator's segments: the context, and the code of the kernels it
+#: has loaded. There is no one figure: it differs by driver, card and libraries. "Memory in use" less "allocated" and
+#: "reserved but unallocated" in two out-of-memory messages of PyTorch on an RTX 4090 is 0.49 and 0.46 GiB
+#: (3DTopia/Phidias-Diffusion#8, pinokiofactory/flux-webui#11). PyTorch's pull request 86509 measured 274 MiB with
+#: lazily loaded modules (CUDA's default on Linux since 12.2) before any kernel ran, and 636 MiB with all of them.
+#: So this may be wrong by 150 MiB either way: ``memprof run --device cuda`` records the true one
+#: (``device_used_bytes``).
+CONTEXT_BYTES = 500 * MIB
+#: What stands behind a card's name where its kernels are meant and not its memory: ``h100@any``.
+_ANY_MEMORY = "@any"
 
 
 @dataclass(frozen=True)
@@ -51,6 +56,16 @@ class Card:
         """All that kernels depend on: two cards with the same word differ in memory only."""
         return f"{self.capability[0]}.{self.capability[1]}, {self.processors} SMs"
 
+    @property
+    def context_bytes(self) -> int:
+        """What a process takes of it beside the allocator's segments: as measured, else :data:`CONTEXT_BYTES`."""
+        return self.measured.get("context_bytes", CONTEXT_BYTES)
+
+    @property
+    def any_memory(self) -> str | None:
+        """What :func:`find_card` takes for its kernels and workspaces without its limit; None: for no card at all."""
+        return self.name + _ANY_MEMORY if self.name in CARDS else None
+
 
 #: No card in particular: Ampere's choice of kernels, no limit, no workspaces.
 ANY = Card("any", None, (8, 0), 0, "none: kernels as PyTorch chooses them from compute capability 8.0 on")
@@ -73,6 +88,8 @@ CARDS: dict[str, Card] = {
 def find_card(text: str | None) -> Card:
     """The card called ``text``; a size such as ``8GiB`` is no card in particular with so much memory.
 
+    ``h100@any`` is an H100 that never runs out of memory.
+
     Raises:
         BadValue: Neither a name nor a size.
     """
@@ -81,6 +98,8 @@ def find_card(text: str | None) -> Card:
     name = text.lower().replace(" ", "").replace("_", "-")
     if name in CARDS:
         return CARDS[name]
+    if (unlimited := CARDS.get(name.removesuffix(_ANY_MEMORY))) is not None:
+        return replace(unlimited, memory_bytes=None)
     if not re.match(r"\s*[0-9.]", text):
         near = get_close_matches(name, CARDS, n=1)
         hint = f" (did you mean {near[0]!r}?)" if near else ""
@@ -179,7 +198,7 @@ def load_calibration(path: Path, card: Card) -> Card:
         raise DataError(f"cannot read {path} as a calibration: {error!r}") from None
     if len(measured) != len(data["measured"]):
         raise DataError(f"{path} has constants that do not say how they were measured")
-    return Card(card.name, card.memory_bytes, card.capability, card.processors, f"{card.source}; {path.name}", measured)
+    return replace(card, source=f"{card.source}; {path.name}", measured=measured)
 
 
 def calibrated(card: Card) -> Card:

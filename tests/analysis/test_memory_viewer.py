@@ -87,7 +87,7 @@ def test_a_record_that_says_otherwise_is_told(tmp_path: Path, monkeypatch: pytes
 
 
 def test_what_a_card_refuses_ends_the_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    found = tiny_run("internvl", tmp_path, monkeypatch, "100,100,3000\n", gpu="6MiB")
+    found = tiny_run("internvl", tmp_path, monkeypatch, "100,100,3000\n", gpu="506MiB")  # 500 are the context
     assert {s.status for s in found.samples} == {"oom"}
     export(found, tmp_path / "memory.pickle")
     (events,) = pickle.loads((tmp_path / "memory.pickle").read_bytes())["device_traces"]

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import pytest
@@ -12,6 +13,8 @@ from memprof.meters.cuda import CudaMeter
 from memprof.meters.sim import SimMeter
 from memprof.pruning import build_pruner
 from memprof.runner import profile_prompt
+from memprof.simulator.cards import CARDS, CONTEXT_BYTES
+from memprof.units import GIB
 
 
 def test_every_meter_says_what_its_bytes_are() -> None:
@@ -54,3 +57,13 @@ def test_allocator_settings_of_the_environment_are_honoured(monkeypatch: pytest.
     assert not SimMeter(model).loaded.settings.expandable_segments
     monkeypatch.setenv("PYTORCH_ALLOC_CONF", "expandable_segments:True")
     assert SimMeter(model).loaded.settings.expandable_segments
+
+
+def test_a_predicted_card_keeps_room_for_its_context() -> None:
+    _, _, model = tiny_model("internvl", device="sim")
+    card = CARDS["t4"]
+    memory = card.memory_bytes or 0
+    assert SimMeter(model, card).loaded.limit_bytes == memory - CONTEXT_BYTES
+    measured = dataclasses.replace(card, measured={"context_bytes": GIB})
+    assert SimMeter(model, measured).loaded.limit_bytes == memory - GIB
+    assert SimMeter.on(model, "t4@any").loaded.limit_bytes is None

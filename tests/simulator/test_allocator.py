@@ -211,6 +211,21 @@ def test_out_of_memory_names_the_allocation_that_did_not_fit():
     allocator.malloc(400 * MIB)  # the allocator goes on, as torch's does
 
 
+def test_the_context_is_not_for_segments_and_a_share_is_of_the_whole_device():
+    allocator = CachingAllocator(None, GIB, 500 * MIB)
+    assert allocator.limit_bytes == 524 * MIB
+    allocator.malloc(500 * MIB)
+    with pytest.raises(OutOfMemory, match=r"of 1.000 GiB, 0.488 GiB are the CUDA context, 0.488 GiB are reserved"):
+        allocator.malloc(30 * MIB)
+    for share, limit, says in ((0.5, 512, "of 0.500 GiB, 0.000 GiB are reserved"), (0.75, 524, "of 1.000 GiB, 0.488")):
+        allocator = CachingAllocator(AllocatorSettings(per_process_memory_fraction=share), GIB, 500 * MIB)
+        assert allocator.limit_bytes == limit * MIB
+        with pytest.raises(OutOfMemory, match=says):
+            allocator.malloc(600 * MIB)
+    with pytest.raises(OutOfMemory, match=r"of 0.008 GiB, 0.488 GiB are the CUDA context"):
+        CachingAllocator(None, 8 * MIB, 500 * MIB).malloc(1)
+
+
 def test_oversize_blocks_are_neither_split_nor_given_to_small_requests():
     allocator = CachingAllocator(AllocatorSettings(max_split_size_mb=32))
     big = allocator.malloc(64 * MIB)

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 
@@ -9,6 +10,7 @@ from memprof.errors import BadValue, DataError
 from memprof.simulator.cards import (
     ANY,
     CARDS,
+    CONTEXT_BYTES,
     RULES,
     cublas_workspace_bytes,
     cublaslt_workspace_bytes,
@@ -24,6 +26,11 @@ def test_names_and_sizes() -> None:
     assert find_card("H100") is CARDS["h100"]
     assert find_card("RTX 4090").name == "rtx4090"
     assert find_card("8GiB").memory_bytes == 8 * GIB
+    anyhow = find_card("H100@any")
+    assert anyhow.memory_bytes is None
+    assert dataclasses.replace(anyhow, memory_bytes=CARDS["h100"].memory_bytes) == CARDS["h100"]
+    assert CARDS["h100"].any_memory == "h100@any"
+    assert ANY.any_memory is find_card("8GiB").any_memory is None
     for wrong, says in (
         ("h10", "did you mean 'h100'"),
         ("", "unknown card"),
@@ -61,7 +68,9 @@ def test_a_calibration_says_how(tmp_path: Path) -> None:
     file = tmp_path / "h100.json"
     good = {"schema": 1, "card": "h100", "measured": {"context_bytes": {"bytes": 5, "how": "NVML less reserved"}}}
     file.write_text(json.dumps(good))
-    assert load_calibration(file, CARDS["h100"]).measured == {"context_bytes": 5}
+    calibrated = load_calibration(file, CARDS["h100"])
+    assert (calibrated.context_bytes, CARDS["h100"].context_bytes) == (5, CONTEXT_BYTES)
+    assert calibrated.source.endswith("; h100.json")
     for wrong in (
         {**good, "schema": 2},
         {**good, "card": "t4"},
