@@ -17,6 +17,12 @@ PACKAGES = ("torch", "transformers", "numpy", "pillow", "nvidia-ml-py")
 #: Settings of the caching allocator, in the order PyTorch reads them.
 ALLOCATOR_SETTINGS = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_NO_CUDA_MEMORY_CACHING")
 
+#: What torchrun and SLURM tell a process of its place among others.
+RANK_VARIABLES = (
+    "RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE",
+    "SLURM_PROCID", "SLURM_NTASKS", "SLURM_LOCALID", "SLURM_STEP_NUM_TASKS",
+)  # fmt: skip
+
 
 def package_version(name: str) -> str | None:
     """Installed version of a distribution, or None."""

@@ -36,7 +36,7 @@ ALLOWED = {
         "store", "simulator", "runner", "families", "meters", "profiler", "pruning", "tasks", "anatomy", "stacks",
         "asked",
     },
-    "tuning": GROUND | {"store", "runner", "analysis", "families", "pruning", "tasks", "meters"},
+    "tuning": GROUND | {"store", "runner", "analysis", "families", "pruning", "tasks", "meters", "simulator"},
     "cli": {"*"}, "__main__": {"cli"},
 }  # fmt: skip
 NO_TORCH = GROUND | {"asked", "store", "tasks", "figures", "reports"}

@@ -23,6 +23,7 @@ from typing import Any
 
 import numpy as np
 
+from memprof.analysis.predicting import predicting
 from memprof.analysis.snapshot import call_site
 from memprof.environment import ALLOCATOR_SETTINGS
 from memprof.errors import DataError
@@ -42,8 +43,8 @@ from memprof.simulator.recording import (
 from memprof.simulator.trace import Trace
 from memprof.store import find_runs
 
-#: Models kept ready, by name and the settings they were loaded under.
-Benches = dict[tuple[str, str], Bench]
+#: Models kept ready, by name, weights and the settings they were loaded under.
+Benches = dict[tuple[str, ...], Bench]
 
 #: A history's file ends so.
 HISTORY = ".history.json.gz"
@@ -318,7 +319,7 @@ def predict(measured: Run, benches: Benches) -> Run:
 
 def _predicting(spec: RunSpec, there: Mapping[str, Any]) -> RunSpec:
     """``spec`` as a prediction for the card it was measured on."""
-    return replace(spec, device="sim", weights="random", gpu=spec.gpu or card_of(there.get("gpu")))
+    return predicting(spec, gpu=spec.gpu or card_of(there.get("gpu")))
 
 
 def card_of(gpu: str | None) -> str | None:
@@ -348,7 +349,7 @@ def _settings_of(there: Mapping[str, Any]) -> Iterator[None]:
 
 def _bench(benches: Benches, spec: RunSpec, there: Mapping[str, Any]) -> Bench:
     """The bench of a model under the settings of ``there``, kept from call to call."""
-    key = spec.model, json.dumps([there.get("allocator_settings"), there.get("cublas_workspace_config")])
+    key = spec.model, spec.weights, json.dumps([there.get("allocator_settings"), there.get("cublas_workspace_config")])
     if key not in benches:
         benches[key] = Bench(spec)
     return benches[key]

@@ -10,13 +10,16 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from memprof.analysis.fit import CONTEXT_BYTES
 from memprof.analysis.holders import leading_part, words_for
+from memprof.analysis.predicting import predicting
+from memprof.analysis.validate import card_of
+from memprof.environment import RANK_VARIABLES
 from memprof.errors import DataError, MemprofError
 from memprof.families import PromptShape
 from memprof.pruning import Pruner, visual_flops_cut, visual_tokens_per_layer
 from memprof.records import Run, RunSpec, SampleRecord, mean_fidelity, summarize
-from memprof.runner import Bench, Outcome, complete_spec, samples_of
+from memprof.runner import Bench, Outcome, Prompt, complete_spec, samples_of
+from memprof.simulator.cards import calibrated, find_card
 from memprof.store import RUN_FILE, read_run
 from memprof.tasks import Sample
 from memprof.tuning import Evaluate, Question, Result
@@ -26,20 +29,24 @@ _OOM = 5
 
 
 class Predictor:
-    """What settings would need on a card, from the distinct prompts of a task. Raises DataError where it has none."""
+    """What settings would need on a card, from the distinct prompts of a task.
+
+    Where a sample has a question and no count of its tokens, the tokenizer that the run itself would need counts them.
+
+    Raises:
+        DataError: No sample can be read.
+        WeightsError: Tokens are to be counted, and there is no tokenizer.
+    """
 
     def __init__(self, spec: RunSpec, bench: Bench | None = None) -> None:
-        spec = dataclasses.replace(spec, device="sim", weights="random", shard=None, method="baseline")
-        self.spec, _, task = complete_spec(spec)
+        self.spec, _, task = complete_spec(predicting(spec, shard=None, method="baseline"))
         self.bench = bench or Bench(self.spec)
         samples, _ = samples_of(self.bench.family, task, self.spec)
         self.shapes: Counter[PromptShape] = Counter(
-            self.bench.family.shape(self.bench.card, s.width, s.height, s.text_tokens, spec.max_tiles)
-            for s in _readable(samples)
-            if s.text_tokens is not None and s.width > 0 and s.height > 0
+            self._shape(sample) for sample in _readable(samples) if sample.width > 0 and sample.height > 0
         )
         if not self.shapes:
-            raise DataError("no sample has a token count to predict from; use --data FILE.csv")
+            raise DataError("no sample can be read to predict from; use --data FILE.csv")
 
     def __call__(self, method: str, name: str = "") -> Result:
         """What ``method`` would need; its FLOPs and kept tokens follow from its settings alone."""
@@ -62,6 +69,10 @@ class Predictor:
     def static_bytes(self) -> int:
         """Bytes of the weights."""
         return self.bench.ready(self.spec)[1].static_bytes
+
+    def _shape(self, sample: Sample) -> PromptShape:
+        prompt = self.bench.prompt(self.spec, sample)
+        return prompt.shape if isinstance(prompt, Prompt) else prompt
 
     def _shares(self, pruner: Pruner) -> tuple[float, float]:
         text = self.bench.card.text
@@ -121,7 +132,9 @@ class Measurer:
         return self._with_loss(self._measure(method, self.folder / name))
 
     def _measure(self, method: str, folder: Path) -> Result:
-        done = subprocess.run(self._words(method, folder), capture_output=True, text=True, check=False)
+        # A worker may be one rank of many; its trial is a whole run, not that rank's shard of it.
+        alone = {name: value for name, value in os.environ.items() if name not in RANK_VARIABLES}
+        done = subprocess.run(self._words(method, folder), capture_output=True, text=True, check=False, env=alone)
         says = done.stderr.strip().rpartition("\n")[2]
         try:
             run = read_run(folder)
@@ -195,8 +208,8 @@ def _seconds(samples: list[SampleRecord]) -> float | None:
     return sum(map(sum, timed)) / len(timed) if any(timed) else None
 
 
-def card_bytes(context_bytes: int = CONTEXT_BYTES) -> int | None:
-    """What the first visible card can give a process beside its context; None where NVML cannot be asked.
+def card_bytes() -> int | None:
+    """What the first card can give a process beside its context; None where NVML cannot be asked.
 
     NVML is asked because it opens no context of its own on the card, as torch would.
     """
@@ -204,6 +217,8 @@ def card_bytes(context_bytes: int = CONTEXT_BYTES) -> int | None:
         import pynvml
 
         pynvml.nvmlInit()
-        return int(pynvml.nvmlDeviceGetMemoryInfo(pynvml.nvmlDeviceGetHandleByIndex(0)).total) - context_bytes
+        there = pynvml.nvmlDeviceGetHandleByIndex(0)
+        card = calibrated(find_card(card_of(str(pynvml.nvmlDeviceGetName(there)))))
+        return int(pynvml.nvmlDeviceGetMemoryInfo(there).total) - card.context_bytes
     except Exception:  # NVML's errors share no base class; without it, the budget alone decides
         return None

@@ -21,6 +21,8 @@ from memprof.analysis.snapshot import check_replay
 from memprof.analysis.validate import GOALS, HISTORY, Goal, Point, card_of, read_history, validate, write_history
 from memprof.cli import main
 from memprof.errors import DataError
+from memprof.families import find_model
+from memprof.records import RunSpec
 from memprof.simulator.recording import Frame, Recording, read_recordings
 
 ROOT = Path(__file__).parents[2]
@@ -338,3 +340,15 @@ def test_recording_needs_no_command_line_packages() -> None:
 def test_predictions_hold_to_the_references(path: Path) -> None:
     found = validate(path.parent)
     assert found.met, [score for score in found.totals if not score.met]
+
+
+def test_a_checkpoint_is_predicted_with_its_own_sizes(tmp_path: Path) -> None:
+    family, card = find_model("internvl2-2b")
+    small = dataclasses.replace(card, text={**card.text, "num_hidden_layers": 12})
+    (tmp_path / "config.json").write_text(json.dumps(family.config(small).to_dict()))
+    benches: module.Benches = {}
+    for weights, layers in (("hub", 24), (str(tmp_path), 12), ("random", 24)):
+        measured = RunSpec("internvl2-2b", "baseline", "ai2d", "cuda", weights=weights)
+        bench = module._bench(benches, module._predicting(measured, {"gpu": "NVIDIA H100"}), {})
+        assert bench.card.text["num_hidden_layers"] == layers
+    assert len(benches) == 2

@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 import dataclasses
+import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -8,12 +10,18 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from PIL import Image
 from stub import GIB, Stub, question
 
+from memprof import runner
+from memprof.environment import RANK_VARIABLES, rank_shard
+from memprof.errors import DataError
+from memprof.families import find_model
 from memprof.records import PARTS, RunRecord, RunSpec, SampleRecord, TokenColumns
+from memprof.simulator.cards import CONTEXT_BYTES
 from memprof.store import RunFolder
-from memprof.tuning import Question
-from memprof.tuning.trials import Measurer
+from memprof.tuning import Question, trials
+from memprof.tuning.trials import Measurer, Predictor, card_bytes
 
 
 def measured(**changes: Any) -> Question:
@@ -27,12 +35,14 @@ class Card:
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, code: int = 0, score: float = 0.75) -> None:
         self.launched: list[list[str]] = []
+        self.environment: dict[str, str] = {}
         self.code, self.score = code, score
         self.compared: dict[str, float] | None = None
         monkeypatch.setattr(subprocess, "run", self)
 
-    def __call__(self, words: list[str], **_: Any) -> Any:
+    def __call__(self, words: list[str], **how: Any) -> Any:
         self.launched.append(words)
+        self.environment = how.get("env") or dict(os.environ)
         method, path = words[words.index("--method") + 1], Path(words[words.index("-o") + 1])
         spec = RunSpec(model="internvl2-2b", method=method, task="ai2d", device="cuda")
         score = 0.8 if method == "baseline" else self.score
@@ -78,6 +88,24 @@ def test_each_trial_is_a_process_of_its_own_in_a_folder_of_its_own(
     assert again._words("topv", tmp_path / "0007_topv")[-1] == "--resume"  # a trial taken up again goes on in it
 
 
+@pytest.mark.parametrize(
+    "names", [("RANK", "WORLD_SIZE", "LOCAL_RANK"), ("SLURM_PROCID", "SLURM_NTASKS", "SLURM_STEP_ID")]
+)
+def test_a_trial_of_one_rank_of_many_is_a_whole_run(
+    names: tuple[str, ...], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    for name in RANK_VARIABLES:
+        monkeypatch.delenv(name, raising=False)
+    for name, value in zip(names, "041", strict=True):
+        monkeypatch.setenv(name, value)
+    assert rank_shard() is not None
+    card = Card(monkeypatch)
+    assert Measurer(measured(), tmp_path, None)("topv:keep=0.1,layer=2", "a").status == "measured"
+    assert "PATH" in card.environment
+    monkeypatch.setattr(os, "environ", card.environment)
+    assert rank_shard() is None
+
+
 def test_agreement_with_the_unpruned_model_is_the_loss_where_it_was_measured(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
@@ -99,6 +127,51 @@ def test_a_process_that_leaves_nothing_is_a_failure(monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(subprocess, "run", lambda *_, **__: gone)
     result = Measurer(measured(), tmp_path, None)("topv", "a")
     assert (result.status, result.error) == ("failed", "the trial's process ended with -9")
+
+
+def questions(folder: Path, *said: str) -> str:
+    """A JSONL of questions about one picture, without counts of tokens."""
+    Image.new("RGB", (448, 448)).save(folder / "one.png")
+    path = folder / "asked.jsonl"
+    path.write_text("".join(json.dumps({"image": "one.png", "question": q, "answer": "a"}) + "\n" for q in said))
+    return str(path)
+
+
+def test_tokens_are_counted_where_the_data_bring_no_count(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    words = SimpleNamespace(encode=str.split)
+    monkeypatch.setattr(runner, "load_tokenizer", lambda card, weights: words)
+    data = questions(tmp_path, "what is this", "who", "what is that")
+    spec = dataclasses.replace(measured().spec, task="folder", data=data)
+    predict = Predictor(spec)
+    template = sum(predict.bench.card.template)
+    assert {shape.text_tokens - template: n for shape, n in predict.shapes.items()} == {3: 2, 1: 1}
+    (tmp_path / "one.png").write_bytes(b"broken")
+    with pytest.raises(DataError, match="no sample can be read"):
+        Predictor(spec)
+
+
+def test_a_checkpoints_own_sizes_are_predicted(tmp_path: Path) -> None:
+    family, card = find_model("internvl2-2b")
+    small = dataclasses.replace(card, text={**card.text, "num_hidden_layers": 12})
+    (tmp_path / "config.json").write_text(json.dumps(family.config(small).to_dict()))
+    spec = measured().spec
+    for weights, layers in (("hub", 24), (str(tmp_path), 12)):
+        predict = Predictor(dataclasses.replace(spec, weights=weights))
+        assert predict.bench.card.text["num_hidden_layers"] == layers
+        assert predict.spec.device == "sim"
+
+
+def test_what_a_card_gives_beside_its_context(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    nvml = SimpleNamespace(
+        nvmlInit=lambda: None, nvmlDeviceGetHandleByIndex=lambda n: n, nvmlDeviceGetName=lambda _: "Tesla T4",
+        nvmlDeviceGetMemoryInfo=lambda _: SimpleNamespace(total=15 * GIB),
+    )  # fmt: skip
+    monkeypatch.setitem(sys.modules, "pynvml", nvml)
+    assert card_bytes() == 15 * GIB - CONTEXT_BYTES
+    monkeypatch.setattr(trials, "calibrated", lambda card: dataclasses.replace(card, measured={"context_bytes": GIB}))
+    assert card_bytes() == 14 * GIB
+    monkeypatch.setitem(sys.modules, "pynvml", None)
+    assert card_bytes() is None
 
 
 @pytest.mark.slow

@@ -1,0 +1,18 @@
+"""A run, as what predicts it."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+from memprof.records import RunSpec
+
+
+def predicting(spec: RunSpec, **changes: Any) -> RunSpec:
+    """``spec`` on the simulated device, with ``changes``.
+
+    The hub's weights become random ones of the same card: a prediction needs no download. A path stays, as the
+    configuration that lies there decides the sizes.
+    """
+    weights = "random" if spec.weights == "hub" else spec.weights
+    return dataclasses.replace(spec, **{"device": "sim", "weights": weights, **changes})
