@@ -9,18 +9,15 @@ from typing import Any
 
 from memprof.analysis.bracket import next_value
 from memprof.analysis.holders import leading_part, words_for
+from memprof.analysis.predicting import predicting
 from memprof.errors import BadValue, DoesNotFit
 from memprof.families import PromptShape
 from memprof.pruning import METHODS, kept_share, method_name, method_spec
 from memprof.records import RunSpec
 from memprof.runner import Bench, complete_spec
-from memprof.units import MIB, format_bytes
+from memprof.simulator.cards import Card, calibrated
+from memprof.units import format_bytes
 
-#: What a CUDA process takes from the card beside what torch reserves: the context, and the kernels it has loaded. There
-#: is no one figure. PyTorch's pull request 86509 measured 274 MiB with lazily loaded modules (CUDA's default on Linux
-#: since 12.2) before any kernel ran, and 636 MiB with all of them loaded; cuBLAS and attention kernels lie between. So
-#: this may be wrong by 150 MiB either way: ``memprof run --device cuda`` records the true one (``device_used_bytes``).
-CONTEXT_BYTES = 500 * MIB
 #: Tokens of an AI2D question, rounded up (METHODS: 53 on average).
 QUESTION_TOKENS = 53
 #: Most tiles that are looked at; beyond, the vision tower's batch is nobody's picture.
@@ -35,7 +32,9 @@ class Need:
 
     Attributes:
         allocated_bytes: Highest allocated.
-        reserved_bytes: Highest reserved: what fragmentation leaves unusable is in it.
+        reserved_bytes: Highest reserved on a card without end: what fragmentation leaves unusable is in it, and what is
+            cached, which the allocator gives back before it refuses. So a card somewhat smaller may do, more slowly;
+            ``memprof run --gpu`` says whether.
         device_bytes: Reserved, and the CUDA context.
         held_by: Who holds most of the peak above the weights.
     """
@@ -71,8 +70,9 @@ class Fit:
 
     Attributes:
         model, method, stack, dtype: What was asked about, the method in full.
-        gpu_bytes, context_bytes: The card, and what the CUDA context takes of it.
-        static_bytes: Weights.
+        gpu: The card's name, or its size as it was asked for.
+        gpu_bytes, context_bytes: Its memory, and what the CUDA context takes of it.
+        static_bytes: Weights, and the workspaces that libraries keep on such a card.
         need: What the prompt as asked needs.
         fits: Whether it fits.
         limits: How far each thing can go.
@@ -83,6 +83,7 @@ class Fit:
     method: str
     stack: str
     dtype: str
+    gpu: str
     gpu_bytes: int
     context_bytes: int
     static_bytes: int
@@ -98,20 +99,20 @@ class Fit:
 
 def fit(
     spec: RunSpec,
-    gpu_bytes: int,
+    card: Card,
     *,
-    context_bytes: int = CONTEXT_BYTES,
+    context_bytes: int | None = None,
     tiles: int | None = None,
     images: int = 1,
     question_tokens: int = QUESTION_TOKENS,
     bench: Bench | None = None,
 ) -> Fit:
-    """What fits on a card of ``gpu_bytes`` when ``spec``'s model runs under its method, stack and dtype; predicted.
+    """What fits on ``card`` when ``spec``'s model runs under its method, stack and dtype; predicted.
 
     Args:
-        spec: Its task, data and limit are not looked at; ``max_new_tokens`` is the answer's length.
-        gpu_bytes: Memory of the card.
-        context_bytes: What the CUDA context takes of it; see :data:`CONTEXT_BYTES`.
+        spec: Its task, data, limit and card are not looked at; ``max_new_tokens`` is the answer's length.
+        card: Its memory, and where it is one in particular its kernels and workspaces.
+        context_bytes: What the CUDA context takes of it; None: as the card says (:attr:`Card.context_bytes`).
         tiles: Tiles of an image, thumbnail included; None: as many as the model cuts at most.
         images: Images of so many tiles.
         question_tokens: Text tokens beside the chat template.
@@ -121,7 +122,13 @@ def fit(
         DoesNotFit: The weights alone, or the least prompt, do not fit; says what would.
         UsageError: An unknown name, or a value outside its range.
     """
-    spec, _, _ = complete_spec(dataclasses.replace(spec, device="sim", weights="random", data="bundled", limit=None))
+    card = calibrated(card)
+    if card.memory_bytes is None:
+        raise BadValue(f"card {card.name!r} has no limit that something could fit into; give a card's name or a size")
+    gpu_bytes = card.memory_bytes
+    context_bytes = card.context_bytes if context_bytes is None else context_bytes
+    # Here is the limit, not in the allocator: what is too large is to be known as well.
+    spec, _, _ = complete_spec(predicting(spec, data="bundled", limit=None, gpu=card.any_memory))
     bench = bench or Bench(spec)
     desk = _Desk(spec, bench, context_bytes, question_tokens)
     if tiles is None:
@@ -149,8 +156,8 @@ def fit(
                 f"weights is held by {least.held_by}. What would help: {'; '.join(give)}"
             )
     return Fit(
-        spec.model, spec.method, spec.stack, spec.dtype, gpu_bytes, context_bytes, desk.static_bytes, asked, fits,
-        limits, give,
+        spec.model, spec.method, spec.stack, spec.dtype, card.name, gpu_bytes, context_bytes, desk.static_bytes, asked,
+        fits, limits, give,
     )  # fmt: skip
 
 

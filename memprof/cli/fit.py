@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 
 def fit(
-    gpu: Annotated[str, typer.Option("--gpu", help="Memory of the card, as 8GiB.")],
+    gpu: Annotated[str, typer.Option("--gpu", help="The card: h100, a100, l4, ..., or its memory, as 8GiB.")],
     model: opt.Model = "internvl2-2b",
     method: Annotated[str, typer.Option("--method", help="Pruning method, as topv:keep=0.25.")] = "baseline",
     stack: opt.StackName = "current",
@@ -43,12 +43,14 @@ def fit(
 
     memprof fit --gpu 24GiB --model internvl2-8b --method topv:keep=0.25 --tiles 40
 
+    memprof fit --gpu h100 --model internvl2-26b --max-new-tokens 512
+
     memprof fit --gpu 6GiB --stack paper --method topv --context 600MiB --json
     """
-    from memprof.analysis.fit import CONTEXT_BYTES
     from memprof.analysis.fit import fit as find_fit
     from memprof.families import find_model
     from memprof.records import RunSpec
+    from memprof.simulator.cards import find_card
     from memprof.units import check_unit, parse_bytes
 
     check_unit(unit)
@@ -58,7 +60,7 @@ def fit(
         max_new_tokens=max_new_tokens,
     )  # fmt: skip
     found = find_fit(
-        spec, parse_bytes(gpu), context_bytes=CONTEXT_BYTES if context is None else parse_bytes(context), tiles=tiles,
+        spec, find_card(gpu), context_bytes=None if context is None else parse_bytes(context), tiles=tiles,
         images=images, question_tokens=text_tokens,
     )  # fmt: skip
     if json:
@@ -75,16 +77,19 @@ def _print(found: Fit, unit: str) -> None:
     from rich.table import Table
 
     from memprof.analysis.fit import as_text
+    from memprof.simulator.cards import CARDS
     from memprof.units import format_bytes
 
     console = Console(highlight=False)
-    need = found.need
+    need, named = found.need, found.gpu in CARDS
+    card = f"{found.gpu} of {format_bytes(found.gpu_bytes, unit)}" if named else format_bytes(found.gpu_bytes, unit)
     console.print(
         f"[bold]{found.model}[/], {found.method}, {found.stack} stack, {found.dtype}, on "
-        f"{format_bytes(found.gpu_bytes, unit)}: {'fits' if found.fits else 'does not fit'}, predicted"
+        f"{card}: {'fits' if found.fits else 'does not fit'}, predicted"
     )
     console.print(
-        f"needs {format_bytes(need.device_bytes, unit)}: {format_bytes(found.static_bytes, unit)} of weights, "
+        f"needs {format_bytes(need.device_bytes, unit)}: {format_bytes(found.static_bytes, unit)} of weights"
+        f"{' and workspaces' if named else ''}, "
         f"{format_bytes(need.allocated_bytes - found.static_bytes, unit)} above them (most held by {need.held_by}), "
         f"{format_bytes(need.reserved_bytes - need.allocated_bytes, unit)} reserved and unused, "
         f"{format_bytes(found.context_bytes, unit)} of CUDA context (assumed)"

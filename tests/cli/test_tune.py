@@ -19,12 +19,12 @@ from memprof.plugins import split_spec
 from memprof.pruning import method_spec, visual_tokens_per_layer
 from memprof.records import PARTS, Holder, RunSpec, TokenColumns
 from memprof.runner import Bench, Outcome
+from memprof.simulator.cards import ANY, CONTEXT_BYTES, find_card
 from memprof.tuning.preset import read_preset, write_preset
 from memprof.units import GIB, MIB
 
 pytest.importorskip("optuna")
 STATIC = 4 * GIB
-
 
 
 class Meter:
@@ -146,7 +146,8 @@ def test_what_fits_on_a_card(capsys: pytest.CaptureFixture[str], made_up: list[s
     code, out, _ = call(capsys, "fit", "--gpu", "6GiB", "--method", "topv", "--stack", "paper", "--json")
     assert code == 0
     found = json.loads(out)
-    assert found["context_bytes"] == fits.CONTEXT_BYTES == 500 * MIB
+    assert found["context_bytes"] == CONTEXT_BYTES == 500 * MIB
+    assert found["gpu"] == "6GiB"
     need = found["need"]
     assert need["device_bytes"] == need["allocated_bytes"] + 64 * MIB + 500 * MIB
     limits = {limit["name"]: limit for limit in found["limits"]}
@@ -158,35 +159,44 @@ def test_what_fits_on_a_card(capsys: pytest.CaptureFixture[str], made_up: list[s
     table = call(capsys, "fit", "--gpu", "6GiB", "--method", "topv")[1]
     assert "new tokens" in table
     assert "predicted" in table
+    assert "on 6.000 GiB: fits" in table
+    named = call(capsys, "fit", "--gpu", "T4", "--context", "600MiB")[1]
+    assert "on t4 of 14.560 GiB: fits" in named
+    assert "4.000 GiB of weights and workspaces" in named
+    assert "0.586 GiB of CUDA context" in named
 
 
 def test_the_largest_batch(made_up: list[str]) -> None:
     spec = RunSpec(model="internvl2-2b", method="baseline", task="ai2d", device="sim", stack="paper")
     gpu = 12 * GIB
-    batch = {limit.name: limit for limit in fits.fit(spec, gpu, tiles=4).limits}["batch"]
+    card = find_card(str(gpu))
+    batch = {limit.name: limit for limit in fits.fit(spec, card, tiles=4).limits}["batch"]
     a_token = 24 * 4096 + 6 * 92553
     room = gpu - STATIC - 64 * MIB - 500 * MIB
     assert batch.largest == room // (a_token * (4 * 256 + 48 + 53))
     assert batch.device_bytes is not None
     assert batch.device_bytes <= gpu
-    pruned = fits.fit(dataclasses.replace(spec, method="topv"), gpu, tiles=4)
+    pruned = fits.fit(dataclasses.replace(spec, method="topv"), card, tiles=4)
     assert {limit.name: limit.largest for limit in pruned.limits}["batch"] == 1
 
 
 def test_what_would_have_to_give(made_up: list[str]) -> None:
     spec = RunSpec(model="internvl2-2b", method="topv:keep=1", task="ai2d", device="sim", stack="paper")
-    found = fits.fit(spec, int(5.6 * GIB))
+    card = find_card("5.6GiB")
+    found = fits.fit(spec, card)
     assert not found.fits
     assert any("keep" in one for one in found.give)
     assert any("stack current" in one for one in found.give)
     assert found.give[-1].startswith("a card of")
-    assert fits.fit(dataclasses.replace(spec, stack="current"), int(5.6 * GIB)).fits
+    assert fits.fit(dataclasses.replace(spec, stack="current"), card).fits
     with pytest.raises(DoesNotFit, match=r"weights of internvl2-2b alone, 4\.000 GiB .* 4-bit"):
-        fits.fit(spec, 2 * GIB)
+        fits.fit(spec, find_card("2GiB"))
     with pytest.raises(DoesNotFit, match="not even one tile"):
-        fits.fit(spec, STATIC + 500 * MIB + 2**20)
+        fits.fit(spec, find_card(str(STATIC + 501 * MIB)))
     with pytest.raises(BadValue, match="at least 1"):
-        fits.fit(spec, 8 * GIB, tiles=0)
+        fits.fit(spec, find_card("8GiB"), tiles=0)
+    with pytest.raises(BadValue, match="no limit"):
+        fits.fit(spec, ANY)
 
 
 def test_presets_in_both_spellings(tmp_path: Path) -> None:
