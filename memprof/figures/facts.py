@@ -95,17 +95,42 @@ def labels(group: Sequence[Run]) -> list[str]:
     return named
 
 
-def dynamic_peak(run: Run) -> int:
-    """The run's highest dynamic peak; 0 if nothing finished."""
-    return run.highest.dynamic_peak_bytes if run.highest else 0
-
-
 def saving(run: Run, group: Sequence[Run]) -> float | None:
-    """Share of Baseline's dynamic peak that ``run`` saves (negative: it needs more), or None without a Baseline."""
-    base = next((r for r in group if method_of(r) == BASELINE), None)
-    if base is None or base is run or not base.finished or not run.finished or not dynamic_peak(base):
+    """Share of Baseline's dynamic peak that ``run`` saves (negative: it needs more), or None without a Baseline.
+
+    Both peaks are over the samples that both finished: where a card refuses Baseline the largest, what is left of it is
+    no measure of a run that finished that one as well.
+    """
+    base = _baseline(group)
+    if base is None or base is run:
         return None
-    return 1 - dynamic_peak(run) / dynamic_peak(base)
+    pairs = _finished_in_both(run, base)
+    most = max((theirs for _, theirs in pairs), default=0)
+    return 1 - max(own for own, _ in pairs) / most if most else None
+
+
+def comparisons(group: Sequence[Run]) -> list[str]:
+    """What savings are over, where that is fewer samples than Baseline or the run itself finished; else nothing."""
+    base, found = _baseline(group), dict[str, list[str]]()
+    for run, name in zip(group, labels(group), strict=True):
+        if base is None or saving(run, group) is None:
+            continue
+        both = len(_finished_in_both(run, base))
+        every = len({sample.id for one in (run, base) for sample in one.finished})
+        if both < every:
+            text = f"saved against Baseline: over the {both} of {every} samples that both finished"
+            found.setdefault(text, []).append(name)
+    return [f"{text} ({', '.join(names)})" for text, names in found.items()]
+
+
+def _baseline(group: Sequence[Run]) -> Run | None:
+    return next((run for run in group if method_of(run) == BASELINE), None)
+
+
+def _finished_in_both(run: Run, base: Run) -> list[tuple[int, int]]:
+    """Dynamic peaks under ``run`` and ``base`` of each sample that both finished."""
+    there = {sample.id: sample.dynamic_peak_bytes for sample in base.finished}
+    return [(sample.dynamic_peak_bytes, there[sample.id]) for sample in run.finished if sample.id in there]
 
 
 def change_text(saved: float | None) -> str:
@@ -160,14 +185,15 @@ def provenance_lines(origin: dict[str, Any]) -> list[str]:
     ]
 
 
-def header(kind: str, name: str, runs: Sequence[Run]) -> dict[str, Any]:
-    """The first keys of a figure's data: what it is, and where it comes from."""
+def header(kind: str, name: str, runs: Sequence[Run], said: Sequence[str] = ()) -> dict[str, Any]:
+    """The first keys of a figure's data: what it is, where it comes from, and what else is to be said, if anything."""
     return {
         "schema": SCHEMA,
         "kind": kind,
         "name": name,
         "provenance": provenance(runs),
         "specs": [run.record.spec.to_json() for run in runs],
+        **({"said": list(said)} if said else {}),
     }
 
 

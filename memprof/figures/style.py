@@ -188,7 +188,7 @@ class Sheet:
 
     Args:
         look: The look to set it in.
-        data: The figure's data; its provenance becomes the caption.
+        data: The figure's data; its provenance and what is ``said`` of it become the caption.
         title: The line on top.
         body: Height of the drawing, in points of the paper style.
         left: Room to the left of the drawing, for ticks and label (None: what numbers need).
@@ -212,7 +212,7 @@ class Sheet:
         self.look = look
         pt, self.pad = look.pt, look.pt(4)
         inner = look.width - 2 * self.pad
-        caption = fill_lines(provenance_lines(data["provenance"]), look.small, inner)
+        caption = fill_lines([*provenance_lines(data["provenance"]), *data.get("said", [])], look.small, inner)
         rows = self._rows(key, inner)
         line = pt(8.6)
         head = self.pad + pt(10) + len(rows) * pt(10) + pt(5)

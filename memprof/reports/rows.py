@@ -28,7 +28,7 @@ class Sheet:
         parts: The parts' table, of the same shape: dynamic bytes at the highest instant.
         quality_head: The columns' names of the quality table.
         quality: What was lost, a row a run; empty where nothing was scored or compared.
-        remarks: A line for each failed sample, and each note of a run.
+        remarks: A line for each failed sample, one where savings are over fewer samples, and each note of a run.
         origin: Where the numbers come from.
         runs: The runs, a row each.
     """
@@ -133,7 +133,7 @@ def spread(interval: Interval | None, scale: float, digits: int) -> str:
 
 
 def _remarks(group: Sequence[Run], names: Sequence[str]) -> list[str]:
-    """Failed samples, each with the methods that it failed under, then the runs' notes."""
+    """Failed samples, each with the methods that it failed under, what savings are over, then the runs' notes."""
     failed: dict[str, list[str]] = {}
     for name, run in zip(names, group, strict=True):
         for sample in run.samples:
@@ -141,4 +141,6 @@ def _remarks(group: Sequence[Run], names: Sequence[str]) -> list[str]:
                 reason = plain(sample.error or "no reason recorded")
                 failed.setdefault(f"sample {plain(sample.id, 60)} {sample.status}: {reason}", []).append(name)
     notes = dict.fromkeys(plain(note) for run in group for note in run.record.notes)
-    return [f"{text} ({', '.join(under)})" for text, under in failed.items()] + list(notes)
+    losses = [f"{text} ({', '.join(under)})" for text, under in failed.items()]
+    savings = [f"{text}; other columns: over all that each finished" for text in facts.comparisons(group)]
+    return [*losses, *savings, *notes]

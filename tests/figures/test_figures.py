@@ -75,6 +75,23 @@ def test_overlay_saves_against_baseline(runs, planned):
     assert series[2]["saving"] == pytest.approx(1 - peaks[2] / peaks[0])
 
 
+@pytest.mark.parametrize("kind", ["overlay", "breakdown"])
+def test_a_change_over_fewer_samples_says_so_in_the_caption(runs, kind):
+    base, topv = runs[0], runs[2]
+    assert "said" not in next(data for data in figures.plan(runs) if data["name"].endswith(kind))
+    base.highest.status = "oom"
+    (data,) = [data for data in figures.plan([base, topv]) if data["name"].endswith(kind)]
+    there = {s.id: s.dynamic_peak_bytes for s in base.finished}
+    own = max(s.dynamic_peak_bytes for s in topv.finished if s.id in there)
+    drawn = (data["series"] if kind == "overlay" else data["bars"])[1]
+    assert drawn["saving"] == 1 - own / max(there.values())
+    look = Look.of()
+    with look.settings():
+        drawing = figures.KINDS.load(kind)().paint(data, look)
+    caption = " ".join(text.get_text() for text in drawing.texts)
+    assert "over the 4 of 5 samples that both finished (TopV)" in caption
+
+
 def test_overlay_leaves_gaps_where_a_method_has_no_sample():
     full, short = make_runs(("ai2d",), METHODS[:2], samples=5, tokens=3)
     short.samples.pop(2)

@@ -122,6 +122,32 @@ def test_saving_is_against_baseline_of_the_same_experiment(runs):
     assert [s.rows[0][4] for s in sheets([runs[0], make_run(METHODS[2], stack="current")], "GiB")] == ["-", "-"]
 
 
+@pytest.mark.parametrize("refused", [0, 1], ids=["Baseline", "FastV"])
+def test_saving_is_over_the_samples_that_both_finished(runs, refused):
+    base, fastv = runs[:2]
+    lost = runs[refused].highest
+    lost.status, lost.error = "oom", "out of memory"
+    (sheet,) = sheets([base, fastv], "GiB")
+    both = [[s.dynamic_peak_bytes for s in run.finished if s.id != lost.id] for run in (base, fastv)]
+    assert sheet.rows[1][4] == f"{100 * (1 - max(both[1]) / max(both[0])):.1f} %".replace("-", "−")
+    (said,) = [line for line in sheet.remarks if line.startswith("saved")]
+    assert said == (
+        "saved against Baseline: over the 4 of 5 samples that both finished (FastV);"
+        " other columns: over all that each finished"
+    )
+    assert "saved against Baseline: over the 4 of 5" in reports.render("html", [base, fastv])
+
+
+def test_nothing_is_saved_where_no_sample_is_common(runs):
+    base, topv = runs[0], runs[2]
+    for sample in base.finished[1:]:
+        sample.status = "oom"
+    topv.samples[0].status = "oom"
+    (sheet,) = sheets([base, topv], "GiB")
+    assert sheet.rows[1][4] == "-"
+    assert not [line for line in sheet.remarks if line.startswith("saved")]
+
+
 def test_markdown_is_a_table_that_nothing_breaks(runs):
     runs[0].samples[3].id = "a|b\n# <b>*x*"
     text = reports.render("markdown", runs[:3])

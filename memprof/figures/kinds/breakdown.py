@@ -42,7 +42,10 @@ class Breakdown(Kind):
                 }
             )
         task = palette.task_label(group[0].record.spec.task)
-        return facts.header("breakdown", name, group) | {"title": f"What holds the peak on {task}", "bars": bars}
+        return facts.header("breakdown", name, group, facts.comparisons(group)) | {
+            "title": f"What holds the peak on {task}",
+            "bars": bars,
+        }
 
     def paint(self, data: dict[str, Any], look: Look) -> Figure:
         """Bars from the top in the group's order; a value stands in its segment where it fits."""

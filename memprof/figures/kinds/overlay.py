@@ -68,7 +68,7 @@ class Overlay(Kind):
                 }
             )
         task = palette.task_label(group[0].record.spec.task)
-        return facts.header("overlay", name, group) | {
+        return facts.header("overlay", name, group, facts.comparisons(group)) | {
             "title": f"Dynamic memory on {task}",
             "samples": samples,
             "series": series,
