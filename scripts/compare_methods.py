@@ -32,8 +32,9 @@ TASKS = {"ocrbench": "strings read", "ai2d": "last characters read"}
 CONTROL = "random"
 #: TopV read otherwise than by default, one choice at a time: what its paper leaves open.
 VARIANTS = (
-    "topv:score=cost", "topv:score=sum", "topv:relax=source", "topv:relax=source,score=sum", "topv:features=l2",
-    "topv:features=l2,score=sum,marginals=norm", "topv:beta=0.0", "topv:recover=4", "topv:recover=6", "topv:layer=3",
+    "topv:sigma=0.417", "topv:sigma=0.1", "topv:eps=0.05", "topv:beta=0.0", "topv:beta=0.0,score=sum",
+    "topv:beta=0.0,score=sum,iterations=20", "topv:score=sum", "topv:score=cost", "topv:relax=source",
+    "topv:features=l2", "topv:features=l2,score=sum,marginals=norm", "topv:recover=4", "topv:layer=3",
 )  # fmt: skip
 VARIED_KEEPS = (0.5, 0.25)
 
@@ -43,7 +44,9 @@ def methods() -> list[str]:
     return [name for name, cls in METHODS if "keep" in {f.name for f in dataclasses.fields(cls)}]
 
 
-def make_runs(folder: Path, task: str, specs: Sequence[str], samples: int, seed: int) -> list[Run]:
+def make_runs(
+    folder: Path, task: str, specs: Sequence[str], samples: int, seed: int, weights: str = "random"
+) -> list[Run]:
     """A run for every method spec; what is there is taken up again."""
     found: list[Run] = []
     bench: Bench | None = None
@@ -51,7 +54,7 @@ def make_runs(folder: Path, task: str, specs: Sequence[str], samples: int, seed:
     for method in specs:
         spec = RunSpec(
             model="proving", method=method, task=task, device="cpu", dtype="float32", limit=samples, max_new_tokens=8,
-            seed=seed,
+            seed=seed, weights=weights,
         )  # fmt: skip
         bench = bench or Bench(spec)
         path = folder / task / method.replace(":", "_")
@@ -171,15 +174,18 @@ def main() -> None:
     parser.add_argument("--runs", type=Path, default=Path("runs/compare"))
     parser.add_argument("--samples", type=int, default=200)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--weights", default="random", help="another checkpoint of the proving model; default: its own")
     parser.add_argument("--only", choices=tuple(TASKS), help="make the runs of one task, in a process of its own")
     given = parser.parse_args()
     torch.set_num_threads(1)
     chosen = [t for t in TASKS if given.only in (None, t)]
     specs = ["baseline", *with_budget(methods(), KEEPS)]
-    runs = {task: make_runs(given.runs, task, specs, given.samples, given.seed) for task in chosen}
+    runs = {task: make_runs(given.runs, task, specs, given.samples, given.seed, given.weights) for task in chosen}
     first = next(iter(TASKS))
     varied = ["baseline", *with_budget(("random", "topv", *VARIANTS), VARIED_KEEPS)]
-    variants = make_runs(given.runs, first, varied, given.samples, given.seed) if given.only != first else []
+    # A process for one task alone leaves the other readings to the process for the other, which has as much to do.
+    readings = given.only != first
+    variants = make_runs(given.runs, first, varied, given.samples, given.seed, given.weights) if readings else []
     if given.only:
         return
     rows = [line for found in runs.values() for line in study(found)]
