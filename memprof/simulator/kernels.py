@@ -9,14 +9,21 @@ The simulator runs operators on storage-less CPU tensors. Most results are those
 ========== ============================================== ===========================================================
 kernel     taken when                                     allocates beside its output
 ========== ============================================== ===========================================================
-cuDNN      first on compute capability 9.x and 10.x, half logsumexp only under autograd; a workspace (not modelled)
-           types, head dim a multiple of 8 up to 128
+cuDNN      first on compute capability 9.0, 10.0 and 10.3, logsumexp only under autograd; a workspace (not modelled)
+           half types, head dims multiples of 8 up to 256
+           (9.0) or 128 (10.x), keys more than one
 flash      half types, capability 8.0 on, no mask, head   logsumexp float32 ``(b, h, q)``; random state and offset
            dim up to 256, not causal unless square        (512 B each); with few queries the split sums, below
 efficient  what is left, half types or float32, head dim  a boolean mask as numbers; a mask whose rows are no multiple
            a multiple of 8 (float32: 4)                   of 8 once more (``cuda:pad_bias``); no logsumexp
 math       what is left                                   everything: the operators themselves are recorded
 ========== ============================================== ===========================================================
+
+cuDNN's rule (``check_prefer_cudnn_attention``, ``check_cudnn_tensor_shapes``) is that of the source of early 2026, which
+torch 2.11 was made from, under the cuDNN that PyPI's wheels ask for: 9.19 (torch 2.11), 9.20 (2.12, 2.13). Before 9.15.1
+cuDNN is not first. The source of mid-2026 refuses head dims over 128 under these versions on every card; which of the
+two 2.12 and 2.13 have was not to be seen. They differ for such head dims alone, and no model here has one.
+``TORCH_CUDNN_SDPA_DEPRIORITIZED`` is taken to be unset.
 
 **Temporaries**, alive while an operator runs, made before its results (:meth:`Kernels.copies`) or after them
 (:meth:`Kernels.temporaries`):
@@ -66,6 +73,8 @@ from memprof.simulator.cards import ANY, Card
 
 aten = torch.ops.aten
 _HALF = (torch.float16, torch.bfloat16)
+#: Compute capabilities on which cuDNN's attention is asked before the others.
+_CUDNN_FIRST = ((9, 0), (10, 0), (10, 3))
 _SOFTMAX = (torch.nn.functional.softmax, torch.Tensor.softmax, torch.softmax)
 
 
@@ -147,7 +156,9 @@ def choose(card: Card, query: Tensor, key: Tensor, value: Tensor, mask: Tensor |
     dim, half, modern = query.shape[-1], query.dtype in _HALF, card.capability >= (8, 0)
     same = dim == key.shape[-1] == value.shape[-1]
     low = modern or query.dtype == torch.float16
-    if card.capability[0] in (9, 10) and half and same and dim % 8 == 0 and dim <= 128:
+    widest = 256 if card.capability == (9, 0) else 128
+    wide = max(dim, value.shape[-1]) > widest or dim % 8 or value.shape[-1] % 8
+    if card.capability in _CUDNN_FIRST and half and not wide and key.shape[2] > 1:
         return "cudnn"
     square = not causal or query.shape[2] == key.shape[2]
     if modern and half and same and dim <= 256 and mask is None and square:

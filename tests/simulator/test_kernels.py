@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -31,7 +32,9 @@ def heads(n: int, dtype: torch.dtype = torch.bfloat16, dim: int = 64, count: int
         ("a100", torch.bfloat16, 512, False, False, 10, "efficient"),
         ("a100", torch.float32, 6, False, False, 10, "math"),
         ("h100", torch.bfloat16, 128, True, False, 10, "cudnn"),
-        ("h100", torch.bfloat16, 256, False, False, 10, "flash"),
+        ("h100", torch.bfloat16, 256, False, False, 10, "cudnn"),
+        ("h100", torch.bfloat16, 252, False, False, 10, "flash"),
+        ("h100", torch.bfloat16, 264, False, False, 10, "efficient"),
         ("t4", torch.float16, 64, False, True, 10, "efficient"),
         ("t4", torch.bfloat16, 64, False, True, 10, "math"),
     ],
@@ -42,6 +45,22 @@ def test_the_kernel_cuda_would_choose(
     query, key = heads(queries, dtype, dim), heads(10, dtype, dim)
     mask = torch.ones(queries, 10) if masked else None
     assert choose(CARDS[card], query, key, key, mask, causal) == kernel
+
+
+@pytest.mark.parametrize(
+    ("capability", "dim", "keys", "kernel"),
+    [
+        ((9, 0), 128, 1, "flash"),
+        ((10, 0), 128, 10, "cudnn"),
+        ((10, 0), 136, 10, "flash"),
+        ((10, 3), 128, 10, "cudnn"),
+        ((10, 1), 128, 10, "flash"),
+        ((12, 0), 128, 10, "flash"),
+    ],
+)
+def test_cudnn_is_first_where_pytorch_says_so(capability: tuple[int, int], dim: int, keys: int, kernel: str) -> None:
+    query, key = heads(1, dim=dim), heads(keys, dim=dim)
+    assert choose(replace(ANY, capability=capability), query, key, key, None, False) == kernel
 
 
 def traced(run: Any, card: str | None = None) -> Trace:
