@@ -19,8 +19,8 @@ efficient  what is left, half types or float32, head dim  a boolean mask as numb
 math       what is left                                   everything: the operators themselves are recorded
 ========== ============================================== ===========================================================
 
-cuDNN's rule (``check_prefer_cudnn_attention``, ``check_cudnn_tensor_shapes``) is that of the source of early 2026, which
-torch 2.11 was made from, under the cuDNN that PyPI's wheels ask for: 9.19 (torch 2.11), 9.20 (2.12, 2.13). Before 9.15.1
+cuDNN's rule (``check_prefer_cudnn_attention``, ``check_cudnn_tensor_shapes``) is the source's of early 2026, taken
+to be torch 2.11's, under the cuDNN that PyPI's wheels ask for: 9.19 (torch 2.11) and 9.20 (2.12, 2.13). Before 9.15.1
 cuDNN is not first. The source of mid-2026 refuses head dims over 128 under these versions on every card; which of the
 two 2.12 and 2.13 have was not to be seen. They differ for such head dims alone, and no model here has one.
 ``TORCH_CUDNN_SDPA_DEPRIORITIZED`` is taken to be unset.
