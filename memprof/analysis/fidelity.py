@@ -9,6 +9,7 @@ difference a free pruned run writes what the forced one does, so the first diver
 from __future__ import annotations
 
 import math
+import weakref
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -116,15 +117,15 @@ class Judge:
 
     def __init__(self, room_bytes: int = 1 << 28) -> None:
         self._room = room_bytes
-        self._model: nn.Module | None = None
+        self._model: weakref.ref[nn.Module] | None = None  # a bench frees one model before it builds the next
         self._known: dict[tuple[str, str, int], Reference] = {}
 
     def __call__(
         self, model: nn.Module, prompt: Prompt, pruner: Pruner, stack: str, *, sample: str, new_tokens: int, seed: int
     ) -> dict[str, float]:
         """:data:`MEASURES` of the sample called ``sample``; nothing may be profiling ``model`` meanwhile."""
-        if model is not self._model:
-            self._model = model
+        if self._model is None or self._model() is not model:
+            self._model = weakref.ref(model)
             self._known.clear()
         inputs, key = place(prompt, model), (sample, stack, new_tokens)
         with Stack(model, stack):

@@ -1,11 +1,13 @@
 from __future__ import annotations
 
+import gc
 import math
+import weakref
 from typing import Any
 
 import pytest
 import torch
-from tiny import families, state_of, tiny_model, tiny_prompt
+from tiny import families, state_of, tiny_card, tiny_model, tiny_prompt
 
 from memprof.analysis.fidelity import (
     MEASURES,
@@ -17,6 +19,8 @@ from memprof.analysis.fidelity import (
     reference,
 )
 from memprof.errors import UsageError
+from memprof.families import FAMILIES
+from memprof.families._build import build_model
 from memprof.pruning import build_pruner
 from memprof.pruning.surgery import Surgery
 from memprof.runner import place
@@ -119,6 +123,19 @@ def test_the_judge_makes_a_reference_once(monkeypatch: pytest.MonkeyPatch) -> No
     ask(tight)
     ask(tight)
     assert len(calls) == 6
+
+
+def test_the_judge_lets_a_model_go() -> None:
+    """A bench frees one model before it builds the next; a card need not hold both."""
+    family = FAMILIES.load("internvl")()
+    card = tiny_card(family)
+    model: Any = build_model(family, card, device="cpu", dtype="float32")
+    judge, prompt = Judge(), tiny_prompt(family, card)
+    judge(model, prompt, build_pruner("topv:layer=1"), "current", sample="a", new_tokens=1, seed=0)
+    seen = weakref.ref(model)
+    del model
+    gc.collect()
+    assert seen() is None
 
 
 def test_random_weights_are_refused_in_one_line() -> None:
