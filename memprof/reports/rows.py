@@ -113,14 +113,20 @@ QUALITY_HEAD = ["method", "right", "score %", "same tokens %", "same answers %",
 
 
 def _quality(name: str, run: Run, accuracy: Interval | None, fidelity: Mapping[str, Interval]) -> list[str]:
+    """A mean says over how many samples it is where that is not all that finished."""
     scores = [s.score for s in run.finished if s.score is not None]
+
+    def cell(interval: Interval | None, scale: float, digits: int) -> str:
+        text = spread(interval, scale, digits)
+        return text if interval is None or interval.samples == len(run.finished) else f"{text} (n={interval.samples})"
+
     return [
         name,
         f"{sum(scores):g}/{len(scores)}" if scores else MISSING,
-        spread(accuracy, 100, 1),
-        spread(fidelity.get("agreement"), 100, 1),
-        spread(fidelity.get("exact"), 100, 1),
-        spread(fidelity.get("kl"), 1, 3),
+        cell(accuracy, 100, 1),
+        cell(fidelity.get("agreement"), 100, 1),
+        cell(fidelity.get("exact"), 100, 1),
+        cell(fidelity.get("kl"), 1, 3),
     ]
 
 

@@ -106,6 +106,19 @@ def test_scores_and_fidelity_are_shown_with_their_intervals(runs, format):
     assert "0.250 [0.250, 0.250]" in text
 
 
+def test_a_mean_over_some_samples_says_over_how_many(runs):
+    done = runs[0].finished
+    for sample in done:
+        sample.score, sample.fidelity = 1.0, {"agreement": 0.5, "kl": 0.25, "exact": 0.0, "first_divergence": 2.0}
+    (sheet,) = sheets(runs[:1], "GiB")
+    assert "n=" not in "".join(sheet.quality[0])
+    done[0].fidelity = None
+    (sheet,) = sheets(runs[:1], "GiB")
+    _, right, score, *compared = sheet.quality[0]
+    assert (right, score) == (f"{len(done)}/{len(done)}", "100.0 [100.0, 100.0]")
+    assert all(cell.endswith(f" (n={len(done) - 1})") for cell in compared)
+
+
 def test_intervals_stand_below_their_means_at_80_columns(runs):
     for sample in runs[0].finished:
         sample.score = 1.0
