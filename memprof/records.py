@@ -19,6 +19,8 @@ SCHEMA = 1
 Status = Literal["measured", "predicted"]
 Stack = Literal["current", "paper"]
 STACKS: tuple[str, ...] = get_args(Stack)
+#: Attention the language model may run; pruning writes masks that no other kind takes.
+ATTENTIONS: tuple[str, ...] = ("sdpa", "eager")
 
 #: What a byte can belong to at the instant of a peak, in drawing order. ``unexplained`` is what no part claims.
 PARTS: tuple[str, ...] = (
@@ -93,7 +95,7 @@ class SampleRecord(_Record):
     Attributes:
         id: The task's name for the sample.
         status: ``ok``, ``failed`` (see ``error``) or ``oom``.
-        error: One line, or None.
+        error: Why it did not finish, or, of one that did, why it could not be compared with the unpruned run; one line.
         width, height: Image size in pixels.
         tiles: Tiles fed to the vision tower, thumbnail included.
         visual_tokens, text_tokens: Prompt tokens of each kind.
@@ -174,7 +176,8 @@ class RunSpec(_Record):
     """What was asked for: two runs with equal specs are the same experiment.
 
     ``method`` is a canonical spec string; ``data`` is ``bundled``, ``hub`` or a path; ``weights`` is ``random``,
-    ``hub`` or a path; ``max_tiles`` is None for the model's own.
+    ``hub`` or a path; ``max_tiles`` is None for the model's own; ``fidelity`` is whether samples are compared with the
+    unpruned run.
     """
 
     model: str
@@ -193,6 +196,7 @@ class RunSpec(_Record):
     warmup: int = 1
     seed: int = 0
     gpu: str | None = None
+    fidelity: bool = False
 
 
 @dataclass

@@ -31,7 +31,7 @@ from memprof.predict import Predictor, source_hash
 from memprof.profiler import Profiler
 from memprof.pruning import Pruner, build_pruner, method_spec, visual_flops_cut, visual_tokens_per_layer
 from memprof.pruning.surgery import Layout, Surgery
-from memprof.records import STACKS, Run, RunRecord, RunSpec, SampleRecord, TokenColumns, summarize
+from memprof.records import ATTENTIONS, STACKS, Run, RunRecord, RunSpec, SampleRecord, TokenColumns, summarize
 from memprof.simulator.replay import Reading
 from memprof.stacks import Stack
 from memprof.store import RunFolder
@@ -43,6 +43,8 @@ Progress = Callable[[Run, int], None]
 
 #: What ``weights`` says in a spec where they come with memprof.
 SHIPPED = "shipped"
+#: The note of a run that could not be warmed up.
+COLD = "no sample finished to warm up with: workspaces that last are counted as dynamic"
 
 
 @dataclass(frozen=True)
@@ -332,6 +334,8 @@ def complete_spec(spec: RunSpec) -> tuple[RunSpec, Pruner, Task]:
     pruner.stages(1_000, layers)
     if spec.stack not in STACKS:
         raise UnknownName("stack", spec.stack, STACKS)
+    if spec.attention not in ATTENTIONS:
+        raise UnknownName("attention", spec.attention, ATTENTIONS)
     METERS.load(spec.device)
     if spec.max_new_tokens < 1:
         raise BadValue(f"max_new_tokens={spec.max_new_tokens} is below 1")
@@ -374,17 +378,28 @@ def run(
     bench: Bench | None = None,
     resume: bool = False,
     force: bool = False,
+    retry_failed: bool = False,
     progress: Progress | None = None,
     judge: Judge | None = None,
 ) -> Run:
     """Make the run ``spec`` describes in folder ``path``, sample by sample.
+
+    Args:
+        spec: What is asked for; its ``fidelity`` follows from ``judge``.
+        path: The run folder. It is made, or the run in it replaced, once there is a model.
+        bench: One to share between runs; made if None.
+        resume: Go on with the run in ``path``.
+        force: Replace the run in ``path``.
+        retry_failed: When going on, run again the samples that did not finish.
+        progress: Told of each sample that is done.
+        judge: Compares samples with the unpruned run, where they were answered.
 
     Raises:
         UsageError: The spec is wrong, or the folder holds another run.
         DataError: The task's data cannot be read.
         DeviceUnavailable: The device is not on this machine.
     """
-    spec, pruner, task = complete_spec(spec)
+    spec, pruner, task = complete_spec(dataclasses.replace(spec, fidelity=judge is not None))
     bench = bench or Bench(spec)
     every, label = samples_of(bench.family, task, spec)
     samples = [_read(every, number) for number in shard_of(len(every), spec.shard)]
@@ -395,17 +410,13 @@ def run(
         data_label=label,
         environment=environment(),
     )
-    with RunFolder.open(path, record, resume=resume, force=force) as folder:
-        todo = [sample for sample in samples if sample.id not in folder.done]
+    folder = RunFolder.open(path, record, resume=resume, force=force, retry_failed=retry_failed)
+    todo = [sample for sample in samples if sample.id not in folder.done]
+    if todo:
+        bench.ready(spec)  # before the folder is touched: a model that cannot be built costs no run and leaves none
+    with folder:
         if todo:
-            model, meter = bench.ready(spec)
-            _warm_up(bench, spec, pruner, task, todo[0])
-            record = folder.record
-            record.static_bytes = meter.static_bytes
-            record.static_parts = _static_parts(model, meter)
-            record.environment |= {"dtype": spec.dtype, "attention": _attention(model, spec), **meter.environment()}
-            record.notes = meter.notes()
-            folder.save()
+            _begin(folder, bench, pruner, task, samples)
             bench.foresee(spec, pruner, _shapes(bench, spec, todo))
         for sample in todo:
             if isinstance(sample, Sample):
@@ -414,8 +425,35 @@ def run(
                 folder.append(sample)
             if progress is not None:
                 progress(folder.run(), len(samples))
+        folder.arrange(sample.id for sample in samples)
+        if todo:
+            _note(folder, bench.ready(spec)[1])
         _finish(folder, bench.card, task, len(samples))
         return folder.run()
+
+
+def _begin(
+    folder: RunFolder, bench: Bench, pruner: Pruner, task: Task, samples: Sequence[Sample | SampleRecord]
+) -> None:
+    """Warm up, and write what is known before the first sample."""
+    record, spec = folder.record, folder.record.spec
+    model, meter = bench.ready(spec)
+    warm = _warm_up(bench, spec, pruner, task, samples)
+    record.static_bytes = meter.static_bytes
+    record.static_parts = _static_parts(model, meter)
+    record.environment |= {"dtype": spec.dtype, "attention": _attention(model, spec), **meter.environment()}
+    record.notes = [note for note in record.notes if note != COLD] + [COLD] * (not warm)
+    _note(folder, meter)
+    folder.save()
+
+
+def _note(folder: RunFolder, meter: Meter) -> None:
+    """Add what a reader must know by now; what an earlier process noted of its samples stays."""
+    notes = [*folder.record.notes, *meter.notes()]
+    alone = next((sample for sample in folder.samples if sample.ok and sample.error), None)
+    if alone is not None:
+        notes.append(f"not all samples could be compared with the unpruned run; the first is {alone.id}: {alone.error}")
+    folder.record.notes = list(dict.fromkeys(notes))
 
 
 def _read(samples: Sequence[Sample], number: int) -> Sample | SampleRecord:
@@ -445,16 +483,18 @@ def _profile_sample(
         if isinstance(prompt, Prompt) and outcome.tokens is not None:
             record.answer = bench.tokenizer.decode(outcome.tokens).strip()
             record.score = task.score(record.answer, sample) if sample.answers else None
-            if judge is not None:
-                record.fidelity = judge(
-                    bench.ready(spec)[0], prompt, pruner, spec.stack, sample=sample.id,
-                    new_tokens=spec.max_new_tokens, seed=seed,
-                )  # fmt: skip
-        return record
     except torch.cuda.OutOfMemoryError as error:
         record.status, record.error = "oom", str(error).partition("\n")[0]
     except (MemprofError, RuntimeError, ValueError) as error:
         record.status, record.error = "failed", str(error).partition("\n")[0]
+    if judge is not None and record.ok and record.answer is not None and isinstance(prompt, Prompt):
+        try:  # of its own: what was measured stands, also where the unpruned model needs more than there is
+            record.fidelity = judge(
+                bench.ready(spec)[0], prompt, pruner, spec.stack, sample=sample.id, new_tokens=spec.max_new_tokens,
+                seed=seed,
+            )  # fmt: skip
+        except (MemprofError, RuntimeError, ValueError) as error:
+            record.error = str(error).partition("\n")[0]
     return record
 
 
@@ -472,12 +512,21 @@ def _seed(spec: RunSpec, sample: Sample) -> int:
     return spec.seed + zlib.crc32(sample.id.encode())
 
 
-def _warm_up(bench: Bench, spec: RunSpec, pruner: Pruner, task: Task, sample: Sample | SampleRecord) -> None:
-    """Run the first sample unrecorded where things are measured, so that lasting workspaces count as static."""
-    if METERS.load(spec.device).status == "measured" and isinstance(sample, Sample):
-        for _ in range(spec.warmup):
-            _profile_sample(bench, spec, pruner, task, sample)
-        release(spec.device)
+def _warm_up(bench: Bench, spec: RunSpec, pruner: Pruner, task: Task, samples: Sequence[Sample | SampleRecord]) -> bool:
+    """Run the first sample that finishes unrecorded where things are measured: lasting workspaces count as static.
+
+    Of all samples, not of those still to do: a run that goes on is then as warm as an unbroken one. False where none
+    finishes.
+    """
+    if METERS.load(spec.device).status != "measured" or not spec.warmup:
+        return True
+    for sample in samples:
+        if isinstance(sample, Sample) and _profile_sample(bench, spec, pruner, task, sample).ok:
+            for _ in range(spec.warmup - 1):
+                _profile_sample(bench, spec, pruner, task, sample)
+            release(spec.device)
+            return True
+    return False
 
 
 def _static_parts(model: nn.Module, meter: Meter) -> dict[str, int]:

@@ -8,13 +8,12 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 import time
 from collections.abc import Iterable
 from dataclasses import replace
 from itertools import zip_longest
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from memprof.errors import DataError, RunExists, UsageError
 from memprof.records import SCHEMA, Run, RunRecord, SampleRecord
@@ -23,23 +22,48 @@ RUN_FILE, SAMPLES_FILE = "run.json", "samples.jsonl"
 
 
 def write_json(path: Path, data: Any) -> None:
-    """Write ``data`` to ``path`` in one step: a reader sees the old file or the new, never half of one."""
+    """Write ``data`` to ``path`` in one step."""
+    _replace(path, json.dumps(data, indent=1, ensure_ascii=False) + "\n")
+
+
+def _replace(path: Path, text: str) -> None:
+    """Make ``text`` the content of ``path`` in one step: a reader sees the old file or the new, never half of one."""
     temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(json.dumps(data, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    temporary.write_text(text, encoding="utf-8")
     os.replace(temporary, path)
 
 
-class RunFolder:
-    """A run folder open for appending. Use :meth:`open`, then :meth:`append` for each sample, then :meth:`finish`."""
+def _line(sample: SampleRecord) -> str:
+    return json.dumps(sample.to_json(), ensure_ascii=False) + "\n"
 
-    def __init__(self, path: Path, record: RunRecord, samples: list[SampleRecord]) -> None:
+
+class RunFolder:
+    """A run folder: :meth:`open` looks, ``with`` opens it for writing, :meth:`append` adds a line, :meth:`save` totals.
+
+    Until it is entered nothing on disk is touched, so that whoever fails before the first sample leaves nothing behind.
+    """
+
+    _lines: TextIO
+
+    def __init__(
+        self, path: Path, record: RunRecord, samples: list[SampleRecord], *, new: bool = False, fewer: bool = False
+    ) -> None:
         self.path, self.record, self.samples = path, record, samples
-        self._lines = (path / SAMPLES_FILE).open("a", encoding="utf-8")
+        self._new, self._fewer = new, fewer  # no run is there yet, or one with lines beyond ``samples``
         self._synced = 0.0
 
     @classmethod
-    def open(cls, path: Path, record: RunRecord, *, resume: bool = False, force: bool = False) -> RunFolder:
-        """Create ``path`` for ``record``, or go on with the run that is there.
+    def open(
+        cls, path: Path, record: RunRecord, *, resume: bool = False, force: bool = False, retry_failed: bool = False
+    ) -> RunFolder:
+        """The folder ``path`` for ``record``, or for the run that is there to go on with.
+
+        Args:
+            path: Of the folder; it need not exist.
+            record: The run as it begins.
+            resume: Go on with the run that is there, if one is.
+            force: Replace the run that is there.
+            retry_failed: When going on, drop the lines of samples that did not finish, so that they run again.
 
         Raises:
             RunExists: The folder holds a run, and neither ``resume`` nor ``force`` was given.
@@ -56,17 +80,24 @@ class RunFolder:
                     if v != getattr(record.spec, k)
                 ]
                 raise UsageError(f"{path} holds another experiment ({'; '.join(changed)}); use another folder")
-            _drop_torn_line(path / SAMPLES_FILE)
-            return cls(path, there.record, there.samples)
-        if path.exists() and any(path.iterdir()):
-            if not (path / RUN_FILE).exists():
-                raise UsageError(f"{path} is not empty and holds no run; use another folder")
-            shutil.rmtree(path)
-        path.mkdir(parents=True, exist_ok=True)
-        write_json(path / RUN_FILE, record.to_json())
-        return cls(path, record, [])
+            kept = there.finished if retry_failed else there.samples
+            return cls(path, there.record, kept, fewer=len(kept) < len(there.samples))
+        if path.exists() and not (path / RUN_FILE).exists() and (path.is_file() or any(path.iterdir())):
+            raise UsageError(f"{path} is not empty and holds no run; use another folder")
+        return cls(path, record, [], new=True)
 
     def __enter__(self) -> RunFolder:
+        if self._new:
+            self.path.mkdir(parents=True, exist_ok=True)
+            (self.path / SAMPLES_FILE).unlink(missing_ok=True)  # nothing else: a user may keep files of his own here
+            self.save()
+        else:
+            _drop_torn_line(self.path / SAMPLES_FILE)
+        if self._fewer:
+            self.record.complete = False
+            self.save()
+            self._rewrite()
+        self._lines = (self.path / SAMPLES_FILE).open("a", encoding="utf-8")
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -80,12 +111,26 @@ class RunFolder:
 
     def append(self, sample: SampleRecord) -> None:
         """Write one line and flush it: a killed process loses none. The disk is waited for once a second at most."""
-        self._lines.write(json.dumps(sample.to_json(), ensure_ascii=False) + "\n")
+        self._lines.write(_line(sample))
         self._lines.flush()
         if time.monotonic() - self._synced > 1:
             os.fsync(self._lines.fileno())
             self._synced = time.monotonic()
         self.samples.append(sample)
+
+    def arrange(self, ids: Iterable[str]) -> None:
+        """Put the lines in the order of ``ids``, as an unbroken run has them; those of other samples come last."""
+        place = {name: number for number, name in enumerate(ids)}
+        order = sorted(self.samples, key=lambda sample: place.get(sample.id, len(place)))
+        if [s.id for s in order] != [s.id for s in self.samples]:
+            self.samples[:] = order
+            self._lines.close()
+            self._rewrite()
+            self._lines = (self.path / SAMPLES_FILE).open("a", encoding="utf-8")
+
+    def _rewrite(self) -> None:
+        """Write all lines anew, in one step."""
+        _replace(self.path / SAMPLES_FILE, "".join(map(_line, self.samples)))
 
     def save(self) -> None:
         """Rewrite ``run.json`` from :attr:`record`."""

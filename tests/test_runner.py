@@ -6,13 +6,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from memprof import runner
-from memprof.errors import BadValue, DataError, UnknownName
+from memprof.errors import BadValue, DataError, DoesNotFit, UnknownName, UsageError
 from memprof.families import find_model
+from memprof.meters.cpu import CpuMeter
 from memprof.pruning import visual_flops_cut, visual_tokens_per_layer
 from memprof.pruning.methods.topv import TopV
-from memprof.records import PARTS, Run, RunSpec, summarize
+from memprof.records import PARTS, Run, RunSpec, SampleRecord, summarize
 from memprof.runner import Bench, complete_spec, run, shard_of
 from memprof.store import read_run
 from memprof.units import GIB
@@ -167,11 +169,110 @@ def test_one_bad_sample_does_not_end_a_run(tmp_path: Path, shapes: str, monkeypa
         ({"task": "ai3d"}, UnknownName, "ai2d"),
         ({"max_new_tokens": 0}, BadValue, "max_new_tokens"),
         ({"max_tiles": 0}, BadValue, "max_tiles"),
+        ({"attention": "bogus"}, UnknownName, "eager, sdpa"),
+        ({"attention": "flash_attention_2"}, UnknownName, "eager, sdpa"),
     ],
 )
 def test_mistakes_show_before_a_model_is_built(changes: dict[str, Any], error: type[Exception], says: str) -> None:
     with pytest.raises(error, match=says):
         complete_spec(spec(**changes))
+
+
+def test_a_model_that_cannot_be_built_costs_no_run(shapes: str, tmp_path: Path) -> None:
+    def small(gpu: str | None = None) -> RunSpec:
+        return spec(model="proving", data=shapes, gpu=gpu)
+
+    with pytest.raises(DoesNotFit):
+        run(small("1MiB"), tmp_path / "r")
+    assert not (tmp_path / "r").exists()
+    whole = run(small(), tmp_path / "r")
+    with pytest.raises(DoesNotFit):
+        run(small("1MiB"), tmp_path / "r", force=True)
+    assert read_run(tmp_path / "r") == whole
+
+
+def test_failed_samples_are_run_again_when_asked(shapes: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    bench = Bench(spec(model="proving"))
+    run(spec(model="proving", data=shapes), tmp_path / "first", bench=bench)
+    real = Bench.outcome
+
+    def outcome(self: Bench, spec: RunSpec, pruner: Any, shape: Any, seed: int) -> Any:
+        if shape.text_tokens == 53 + sum(self.card.template):
+            raise torch.cuda.OutOfMemoryError("another process holds the card")
+        return real(self, spec, pruner, shape, seed)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Bench, "outcome", outcome)
+        done = run(spec(model="proving", data=shapes), tmp_path / "again", bench=bench)
+        assert [s.status for s in done.samples] == ["oom", "ok"]
+    done = run(spec(model="proving", data=shapes), tmp_path / "again", bench=bench, resume=True)
+    assert [s.status for s in done.samples] == ["oom", "ok"]
+    run(spec(model="proving", data=shapes), tmp_path / "again", bench=bench, resume=True, retry_failed=True)
+    for name in ("samples.jsonl", "run.json"):
+        ours, theirs = ((tmp_path / f / name).read_text().replace(f, "") for f in ("again", "first"))
+        assert ours == theirs
+
+
+def proving(**changes: Any) -> RunSpec:
+    """Three samples that are answered, in a second."""
+    return spec(model="proving", device="cpu", dtype="float32", limit=3, **changes)
+
+
+class Judged:
+    """A judge that finds nothing lost, and on the second sample no room for the unpruned model."""
+
+    def __init__(self) -> None:
+        self.seen: list[str] = []
+
+    def __call__(self, model: Any, prompt: Any, pruner: Any, stack: str, *, sample: str, **_: Any) -> dict[str, float]:
+        self.seen.append(sample)
+        if len(self.seen) == 2:
+            raise torch.cuda.OutOfMemoryError("CUDA out of memory.\nand more")
+        return {"agreement": 1.0}
+
+
+def test_what_was_measured_stands_where_the_unpruned_model_does_not_fit(tmp_path: Path) -> None:
+    done = run(proving(method="topv"), tmp_path / "r", judge=Judged())
+    assert [(s.status, s.fidelity, s.error) for s in done.samples] == [
+        ("ok", {"agreement": 1.0}, None), ("ok", None, "CUDA out of memory."), ("ok", {"agreement": 1.0}, None)
+    ]  # fmt: skip
+    second = done.samples[1]
+    assert second.dynamic_peak_bytes > 0
+    assert second.score is not None
+    (note,) = read_run(tmp_path / "r").record.notes
+    assert note.endswith(f"the first is {second.id}: CUDA out of memory.")
+
+
+def test_a_run_with_fidelity_is_another_than_one_without(tmp_path: Path) -> None:
+    done = run(proving(), tmp_path / "r")
+    assert not done.record.spec.fidelity
+    with pytest.raises(UsageError, match="fidelity: False there, True asked"):
+        run(proving(), tmp_path / "r", resume=True, judge=Judged())
+    assert run(proving(), tmp_path / "compared", judge=Judged()).record.spec.fidelity
+
+
+@pytest.mark.parametrize(("broken", "calls"), [(1, [0, 1, 0, 1, 2]), (3, [0, 1, 2, 0, 1, 2])])
+def test_the_first_sample_that_finishes_warms_up(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, broken: int, calls: list[int]
+) -> None:
+    ids = [s.id for s in run(proving(warmup=0), tmp_path / "cold").samples]
+    seen, real = list[int](), runner._profile_sample
+
+    def profile(*args: Any) -> Any:
+        seen.append(ids.index(args[4].id))
+        return SampleRecord(args[4].id, "failed", "no picture") if seen[-1] < broken else real(*args)
+
+    monkeypatch.setattr(runner, "_profile_sample", profile)
+    done = run(proving(), tmp_path / "r")
+    assert seen == calls
+    assert done.record.notes == ([runner.COLD] if broken == 3 else [])
+
+
+def test_what_a_meter_notes_later_is_in_the_record(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[int] = []
+    monkeypatch.setattr(CpuMeter, "notes", lambda _: calls.append(1) or ["NVML is gone"] * (len(calls) > 1))
+    run(proving(), tmp_path / "r")
+    assert read_run(tmp_path / "r").record.notes == ["NVML is gone"]
 
 
 def test_shards_cover_every_sample_once() -> None:

@@ -58,20 +58,70 @@ def test_a_torn_line_is_dropped_and_resume_goes_on(tmp_path: Path) -> None:
 
 
 def test_a_folder_is_never_overwritten_unasked(tmp_path: Path) -> None:
-    RunFolder.open(tmp_path / "r", record()).__exit__()
+    with RunFolder.open(tmp_path / "r", record()) as folder:
+        folder.append(sample("a"))
     with pytest.raises(RunExists, match=r"--resume.*--force"):
         RunFolder.open(tmp_path / "r", record())
     with pytest.raises(UsageError, match="method: 'baseline' there, 'topv' asked"):
         RunFolder.open(tmp_path / "r", record(method="topv"), resume=True)
     with RunFolder.open(tmp_path / "r", record(method="topv"), force=True) as folder:
         assert folder.samples == []
+    assert read_run(tmp_path / "r").samples == []
     other = tmp_path / "mine"
     other.mkdir()
     (other / "thesis.tex").write_text("years of work")
     for force in (False, True):
         with pytest.raises(UsageError, match="not empty"):
             RunFolder.open(other, record(), force=force)
+        with pytest.raises(UsageError, match="not empty"):
+            RunFolder.open(other / "thesis.tex", record(), force=force)
     assert (other / "thesis.tex").exists()
+
+
+def test_nothing_is_touched_before_a_folder_is_entered(tmp_path: Path) -> None:
+    RunFolder.open(tmp_path / "new", record())
+    assert not (tmp_path / "new").exists()
+    with RunFolder.open(tmp_path / "r", record()) as folder:
+        folder.append(sample("a"))
+        folder.append(SampleRecord(id="b", status="failed", error="no"))
+    before = {file.name: file.read_bytes() for file in (tmp_path / "r").iterdir()}
+    RunFolder.open(tmp_path / "r", record(method="topv"), force=True)
+    RunFolder.open(tmp_path / "r", record(), resume=True, retry_failed=True)
+    assert {file.name: file.read_bytes() for file in (tmp_path / "r").iterdir()} == before
+
+
+def test_replacing_a_run_leaves_other_files(tmp_path: Path) -> None:
+    with RunFolder.open(tmp_path / "r", record()) as folder:
+        folder.append(sample("a"))
+    (tmp_path / "r" / "thesis.tex").write_text("years of work")
+    with RunFolder.open(tmp_path / "r", record(), force=True):
+        pass
+    assert (tmp_path / "r" / "thesis.tex").exists()
+    assert read_run(tmp_path / "r").samples == []
+
+
+def test_failed_samples_are_retried_in_their_place(tmp_path: Path) -> None:
+    with RunFolder.open(tmp_path / "whole", record()) as folder:
+        for name in "abcd":
+            folder.append(sample(name))
+    with RunFolder.open(tmp_path / "r", record()) as folder:
+        folder.append(sample("a"))
+        folder.append(SampleRecord(id="b", status="failed", error="no"))
+        folder.append(sample("c"))
+        folder.append(SampleRecord(id="d", status="oom", error="no"))
+        folder.record.complete = True
+        folder.save()
+    with RunFolder.open(tmp_path / "r", record(), resume=True) as folder:
+        assert folder.done == set("abcd")
+    with RunFolder.open(tmp_path / "r", record(), resume=True, retry_failed=True) as folder:
+        assert folder.done == {"a", "c"}
+        there = read_run(tmp_path / "r")
+        assert ([s.id for s in there.samples], there.record.complete) == (["a", "c"], False)
+        folder.append(sample("b"))
+        folder.arrange("abcd")
+        folder.append(sample("d"))
+    lines = [(tmp_path / name / "samples.jsonl").read_bytes() for name in ("r", "whole")]
+    assert lines[0] == lines[1]
 
 
 def test_broken_folders_say_what_is_wrong(tmp_path: Path) -> None:
@@ -98,7 +148,8 @@ def test_shards_become_one_run(tmp_path: Path) -> None:
                 folder.append(sample(name))
             folder.record.complete = True
             folder.save()
-    RunFolder.open(tmp_path / "topv", record(method="topv")).__exit__()
+    with RunFolder.open(tmp_path / "topv", record(method="topv")):
+        pass
     joined, other = find_runs([tmp_path])
     assert "".join(s.id for s in joined.samples) == "abcdefg"
     assert joined.record.spec.shard is None
