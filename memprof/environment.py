@@ -58,9 +58,14 @@ def environment() -> dict[str, Any]:
     }
 
 
-def rank_shard() -> str | None:
-    """``i/n`` from torchrun's or SLURM's variables, 1-based; None where neither runs more than one process."""
-    for rank, world in (("RANK", "WORLD_SIZE"), ("SLURM_PROCID", "SLURM_NTASKS")):
-        if rank in os.environ and int(os.environ.get(world, "1")) > 1:
-            return f"{int(os.environ[rank]) + 1}/{int(os.environ[world])}"
+def rank_shard() -> tuple[str, str] | None:
+    """``i/n`` of this process, 1-based, and the variable that says so: torchrun's, or SLURM's in a step of a job.
+
+    None where neither runs more than one process. A batch script has a rank and a number of tasks too, and is one
+    process.
+    """
+    slurm = os.environ.get("SLURM_STEP_NUM_TASKS") or ("SLURM_STEP_ID" in os.environ and os.environ.get("SLURM_NTASKS"))
+    for rank, world in (("RANK", os.environ.get("WORLD_SIZE")), ("SLURM_PROCID", slurm)):
+        if rank in os.environ and int(world or 1) > 1:
+            return f"{int(os.environ[rank]) + 1}/{world}", rank
     return None

@@ -51,10 +51,15 @@ Fidelity = Annotated[
 ]
 
 
-def resolve_device(name: str, model: str = "") -> str:
-    """``auto`` is CUDA where there is a card, else sim; for a ``model`` whose weights come with memprof, else cpu."""
+def resolve_device(name: str, model: str = "", gpu: str | None = None) -> str:
+    """``auto`` is CUDA where there is a card, else sim; for a ``model`` whose weights come with memprof, else cpu.
+
+    Where a card to predict for is named, it is sim.
+    """
     if name != "auto":
         return name
+    if gpu is not None:
+        return "sim"
     import torch
 
     from memprof.families import find_model

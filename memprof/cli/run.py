@@ -44,7 +44,7 @@ def run(
         str, typer.Option("--attention", help="Attention of the language model: sdpa or eager.")
     ] = "sdpa",
     shard: Annotated[
-        str | None, typer.Option("--shard", help="i/n: every n-th sample; default: torchrun's or SLURM's.")
+        str | None, typer.Option("--shard", help="i/n: every n-th sample; default: torchrun's or SLURM's, 1/1: all.")
     ] = None,
     seed: opt.Seed = 0,
     fidelity: opt.Fidelity = None,
@@ -54,6 +54,9 @@ def run(
     ] = None,
     output: opt.Folder = None,
     resume: Annotated[bool, typer.Option("--resume", help="Finish the run that is in the folder.")] = False,
+    retry_failed: Annotated[
+        bool, typer.Option("--retry-failed", help="With --resume: run the samples again that did not finish.")
+    ] = False,
     force: Annotated[bool, typer.Option("--force", help="Replace the run that is in the folder.")] = False,
     unit: opt.FittingUnit = None,
     json: opt.AsJson = False,
@@ -74,7 +77,6 @@ def run(
     memprof run --preset runs/tuned/preset.json --device sim
     """
     del preset  # its callback has made it the defaults of the others
-    from memprof.environment import rank_shard
     from memprof.errors import DataError, DoesNotFit, OutOfMemory, UsageError
     from memprof.families import find_model
     from memprof.records import RunSpec
@@ -87,12 +89,17 @@ def run(
     if unit is not None:
         check_unit(unit)
     card = find_model(model)[1]
-    device = opt.resolve_device(device, model)
+    device = opt.resolve_device(device, model, gpu)
     if gpu is not None:
         if device != "sim":
             raise UsageError(f"--gpu {gpu} names a card to predict for; it goes with --device sim")
         find_card(gpu)
-    shard = shard or rank_shard()
+    if retry_failed and not resume:
+        raise UsageError("--retry-failed goes with --resume")
+    if shard is None:
+        shard = _inferred_shard()
+    elif shard == "1/1":
+        shard = None
     asked = [
         RunSpec(
             model=card.name, method=one, task=task, device=device, stack=stack,
@@ -110,17 +117,40 @@ def run(
     with _watch(specs, quiet=quiet or json, verbose=verbose, unit=unit) as progress:
         for spec, path in zip(specs, paths, strict=True):
             runs.append(
-                make_run(spec, path, bench=bench, resume=resume, force=force, progress=progress, judge=judge)
-            )
+                make_run(
+                    spec, path, bench=bench, resume=resume, force=force, retry_failed=retry_failed, progress=progress,
+                    judge=judge,
+                )
+            )  # fmt: skip
     _print(runs, unit, as_json=json)
     failed = [s for one in runs for s in one.samples if not s.ok]
+    if failed and resume and not retry_failed:
+        every = sum(len(one.samples) for one in runs)
+        typer.echo(f"memprof: {len(failed)} of {every} samples failed; --retry-failed runs them again", err=True)
     refused = sum(s.status == "oom" for s in failed)
     if refused and runs[0].record.status == "predicted":
         raise DoesNotFit(f"{refused} samples are predicted not to fit on {gpu}; their lines say where")
     if refused:
         raise OutOfMemory(f"{refused} samples ran out of memory; their lines say where")
-    if failed and not any(one.finished for one in runs):
-        raise DataError(f"no sample finished; the first failed with: {failed[0].error}")
+    lost = [one for one in runs if one.samples and not one.finished]
+    if lost:
+        names = ", ".join(one.record.spec.method for one in lost)
+        raise DataError(f"no sample finished under {names}; the first failed with: {lost[0].samples[0].error}")
+
+
+def _inferred_shard() -> str | None:
+    """The share of this process where a launcher started several, which it says on stderr."""
+    from memprof.environment import rank_shard
+
+    found = rank_shard()
+    if found is None:
+        return None
+    shard, variable = found
+    one, of = shard.split("/")
+    typer.echo(
+        f"memprof: this process takes sample {one} of every {of} (from {variable}); --shard 1/1 takes all", err=True
+    )
+    return shard
 
 
 def _judge(spec: RunSpec, asked: bool | None) -> Judge | None:
@@ -145,7 +175,10 @@ def folders(output: Path, specs: list[RunSpec]) -> list[Path]:
         safe = [spec.method.replace(":", "_").replace(",", "_") for spec in specs]
         paths = [output / (p if plain.count(p) == 1 else s) for p, s in zip(plain, safe, strict=True)]
     shard = specs[0].shard
-    return [p.with_name(f"{p.name}.{shard.replace('/', 'of')}") for p in paths] if shard else paths
+    if not shard:
+        return paths
+    # Resolved, as . and .. have no name to add to.
+    return [whole.parent / f"{whole.name}.{shard.replace('/', 'of')}" for whole in map(Path.resolve, paths)]
 
 
 def _new_folder(spec: RunSpec) -> Path:
@@ -194,7 +227,8 @@ class _watch:
             now=f"{tokens} tokens, {present}, highest {highest}",
         )  # fmt: skip
         if self.verbose:
-            self.console.print(f"{run.record.spec.method} {last.id}: {last.error or present}", highlight=False)
+            said = ", ".join(filter(None, (present, last.error)))
+            self.console.print(f"{run.record.spec.method} {last.id}: {said}", highlight=False)
 
 
 def _print(runs: list[Run], unit: str | None, *, as_json: bool) -> None:

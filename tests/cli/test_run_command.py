@@ -1,0 +1,120 @@
+"""``memprof run``: how a run ends, where it goes, and what is said on the way."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from typed import call
+
+from memprof.cli._options import resolve_device
+from memprof.errors import DataError
+from memprof.runner import Bench
+from memprof.store import find_runs, read_run
+
+
+@pytest.fixture
+def words(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """A run of two samples, typed in an empty folder."""
+    (tmp_path / "two.csv").write_text("width,height,text_tokens\n448,448,20\n448,448,30\n")
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    for name in ("RANK", "WORLD_SIZE", "SLURM_STEP_NUM_TASKS", "SLURM_STEP_ID"):
+        monkeypatch.delenv(name, raising=False)
+    given = ["--model", "proving", "--device", "sim", "--max-new-tokens", "1"]
+    return ["run", "-q", *given, "--data", str(tmp_path / "two.csv")]
+
+
+def failing(monkeypatch: pytest.MonkeyPatch, method: str, text_tokens: int | None = None) -> None:
+    """Let ``method`` fail on the samples of so much text, or on all."""
+    real = Bench.outcome
+
+    def outcome(self: Bench, spec: Any, pruner: Any, shape: Any, seed: int) -> Any:
+        if spec.method.startswith(method) and text_tokens in (None, shape.text_tokens - sum(self.card.template)):
+            raise DataError("the picture is broken")
+        return real(self, spec, pruner, shape, seed)
+
+    monkeypatch.setattr(Bench, "outcome", outcome)
+
+
+def test_a_method_of_which_nothing_finished_fails_by_name(
+    capsys: pytest.CaptureFixture[str], words: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    failing(monkeypatch, "topv")
+    code, out, err = call(capsys, *words, "--method", "baseline", "--method", "topv", "-o", "r")
+    assert code == 1
+    assert "Baseline" in out
+    assert (
+        err == "memprof: no sample finished under topv:keep=0.5,layer=2; the first failed with: the picture is broken\n"
+    )
+
+
+def test_failed_samples_are_mentioned_and_run_again_when_asked(
+    capsys: pytest.CaptureFixture[str], words: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as patch:
+        failing(patch, "baseline", text_tokens=20)
+        code, _, err = call(capsys, *words, "-o", "r")
+        assert (code, err) == (0, "")
+    code, _, err = call(capsys, *words, "-o", "r", "--resume")
+    assert (code, err) == (0, "memprof: 1 of 2 samples failed; --retry-failed runs them again\n")
+    assert [s.ok for s in read_run("r").samples] == [False, True]
+    code, _, err = call(capsys, *words, "-o", "r", "--resume", "--retry-failed")
+    assert (code, err) == (0, "")
+    run = read_run("r")
+    assert [s.ok for s in run.samples] == [True, True]
+    assert run.samples[0].text_tokens < run.samples[1].text_tokens
+    code, _, err = call(capsys, *words, "-o", "r", "--retry-failed")
+    assert (code, err) == (2, "memprof: --retry-failed goes with --resume\n")
+
+
+@pytest.mark.parametrize(
+    ("more", "code", "says"),
+    [
+        (["--attention", "bogus"], 2, "unknown attention 'bogus'; valid: eager, sdpa"),
+        (["--attention", "flash_attention_2"], 2, "valid: eager, sdpa"),
+        (["--gpu", "1MiB"], 4, "do not fit"),
+        (["--dtype", "float99"], 2, "float99"),
+    ],
+)
+def test_what_cannot_be_built_leaves_no_folder(
+    capsys: pytest.CaptureFixture[str], words: list[str], more: list[str], code: int, says: str
+) -> None:
+    got, out, err = call(capsys, *words, *more, "-o", "r")
+    assert (got, out) == (code, "")
+    assert says in err
+    assert err.count("\n") == 1
+    assert not Path("r").exists()
+
+
+def test_shards_of_this_very_folder(capsys: pytest.CaptureFixture[str], words: list[str]) -> None:
+    for number in (1, 2):
+        assert call(capsys, *words, "--shard", f"{number}/2", "-o", ".")[0] == 0
+    assert sorted(p.name for p in Path("..").glob("here.*")) == ["here.1of2", "here.2of2"]
+    (run,) = find_runs(Path("..").glob("here.*"))
+    assert (len(run.samples), run.record.complete) == (2, True)
+
+
+def test_a_launchers_shard_is_announced(
+    capsys: pytest.CaptureFixture[str], words: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SLURM_PROCID", "1")
+    monkeypatch.setenv("SLURM_STEP_NUM_TASKS", "2")
+    code, _, err = call(capsys, *words, "-o", "r")
+    assert code == 0
+    assert err == "memprof: this process takes sample 2 of every 2 (from SLURM_PROCID); --shard 1/1 takes all\n"
+    assert len(read_run("r.2of2").samples) == 1
+    code, _, err = call(capsys, *words, "-o", "all", "--shard", "1/1")
+    assert (code, err) == (0, "")
+    assert len(read_run("all").samples) == 2
+    assert read_run("all").record.spec.shard is None
+
+
+def test_a_card_to_predict_for_means_sim(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert resolve_device("auto", "internvl2-2b") == "cuda"
+    assert resolve_device("auto", "internvl2-2b", "h100") == "sim"
+    assert resolve_device("auto", "proving", "8GiB") == "sim"
+    assert resolve_device("cuda", "internvl2-2b", "h100") == "cuda"

@@ -1,0 +1,39 @@
+"""What a launcher's variables say of this process."""
+
+from __future__ import annotations
+
+import pytest
+
+from memprof.environment import rank_shard
+
+VARIABLES = (
+    "RANK", "WORLD_SIZE", "SLURM_PROCID", "SLURM_NTASKS", "SLURM_STEP_ID", "SLURM_STEP_NUM_TASKS",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("there", "found"),
+    [
+        ({}, None),
+        ({"RANK": "1", "WORLD_SIZE": "4"}, ("2/4", "RANK")),
+        ({"RANK": "0", "WORLD_SIZE": "1"}, None),
+        ({"RANK": "0"}, None),
+        # srun: a step of four tasks.
+        (
+            {"SLURM_PROCID": "3", "SLURM_NTASKS": "4", "SLURM_STEP_ID": "0", "SLURM_STEP_NUM_TASKS": "4"},
+            ("4/4", "SLURM_PROCID"),
+        ),
+        ({"SLURM_PROCID": "3", "SLURM_NTASKS": "4", "SLURM_STEP_ID": "0"}, ("4/4", "SLURM_PROCID")),
+        # The script of sbatch --ntasks 4, and one task that srun starts in it.
+        ({"SLURM_PROCID": "0", "SLURM_NTASKS": "4"}, None),
+        ({"SLURM_PROCID": "0", "SLURM_NTASKS": "4", "SLURM_STEP_ID": "0", "SLURM_STEP_NUM_TASKS": "1"}, None),
+    ],
+)
+def test_a_shard_follows_from_a_launcher_alone(
+    monkeypatch: pytest.MonkeyPatch, there: dict[str, str], found: tuple[str, str] | None
+) -> None:
+    for name in VARIABLES:
+        monkeypatch.delenv(name, raising=False)
+    for name, value in there.items():
+        monkeypatch.setenv(name, value)
+    assert rank_shard() == found
