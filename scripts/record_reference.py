@@ -4,7 +4,7 @@ InternVL2-2B and LLaVA-1.5-7B in their true configuration, with random weights (
 of tiles, both stacks, and Baseline, FastV (row and map), TopV and Random, 16 new tokens each. One run folder a model,
 stack and method, as ``memprof run`` writes it, so every command reads it; and for a few samples the allocator's whole
 history (``*.history.json.gz``). What is worth most comes first, each sample is on the disk when it is done, and the
-same command goes on where it was cut.
+same command goes on where it was cut, on a card of the same name. A step that fails is named, and tried again then.
 
 Expected on an H100 or H200, in seconds: 20 to import and build the first model; 12 a run of InternVL2-2B (10 runs of 16
 samples and a warm-up, 0.7 each, most of it decoding on the host), 7 a run of LLaVA-1.5-7B (10 runs of 8 samples), 4 a
@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import json
 import sys
 import tempfile
 import time
@@ -34,6 +35,7 @@ from torch.nn.attention import SDPBackend
 from memprof import runner
 from memprof.analysis.validate import HISTORY, as_recording, write_history
 from memprof.environment import environment
+from memprof.errors import DataError, MemprofError, UsageError
 from memprof.families import Card, Family, find_model
 from memprof.records import Run, RunSpec
 from memprof.runner import Bench, complete_spec, make_prompt, profile_prompt, release
@@ -46,6 +48,8 @@ TEXT = 53
 #: Columns and rows of tiles, the outermost first; with a thumbnail they give 13, 1, 7, 3, 10, ... tiles, and never 2.
 GRIDS = ((4, 3), (1, 1), (3, 2), (2, 1), (3, 3), (3, 1), (2, 2), (5, 1), (7, 1), (4, 2), (5, 2), (11, 1))
 TOKENS, HISTORY_TOKENS = 16, 3
+#: What is said of a history that an earlier call recorded.
+THERE = "there already"
 
 
 @dataclass(frozen=True)
@@ -102,12 +106,31 @@ class TimeUp(Exception):
 
 
 class Recorder:
-    """Records into ``folder`` until ``budget`` seconds are over."""
+    """Records into ``folder`` until ``budget`` seconds are over.
+
+    Attributes:
+        log: By name, what became of each step that was done or failed, of earlier calls too.
+
+    Raises:
+        UsageError: What is in ``folder`` was recorded on another card.
+        DataError: The folder's ``reference.json`` cannot be read.
+    """
 
     def __init__(self, folder: Path, budget: float) -> None:
         self.folder, self.begin, self.budget = folder, time.monotonic(), budget
         self.bench: Bench | None = None
-        self.log: list[dict[str, Any]] = []
+        self.log: dict[str, dict[str, Any]] = {}
+        self.about = folder / "reference.json"
+        if not self.about.exists():
+            return
+        try:
+            there = json.loads(self.about.read_text(encoding="utf-8"))
+            card, self.log = there.get("card"), {entry["step"]: entry for entry in there["recorded"]}
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            raise DataError(f"cannot read {self.about}: {error!r}") from None
+        if card != card_name():
+            here = card_name() or "none"
+            raise UsageError(f"{folder} was recorded on {card or 'no card'}, and here is {here}; use another folder")
 
     def record(self, every: list[Step]) -> bool:
         """Record each step; whether all are done."""
@@ -115,16 +138,32 @@ class Recorder:
             start = time.monotonic()
             try:
                 self.check()
-                samples = self.run(step) if step.shape is None else self.history(step, step.shape)
+                done = self.run(step) if step.shape is None else self.history(step, step.shape)
+                failed = False
             except TimeUp:
                 say(f"{step.name}: the budget of {self.budget:.0f} s is spent; the same command goes on here")
                 return False
+            except (MemprofError, RuntimeError) as error:  # memory that ran out is a RuntimeError; the others can go on
+                done, failed = str(error).partition("\n")[0], True
             seconds = round(time.monotonic() - start, 1)
-            say(f"{step.name}: {samples} in {seconds} s")
-            self.log.append({"step": step.name, "samples": samples, "seconds": seconds})
-            about = {"schema": 1, "environment": environment(), "attention": attention_kernels(), "recorded": self.log}
-            write_json(self.folder / "reference.json", about)
-        return True
+            say(f"{step.name}: {'failed: ' * failed}{done} in {seconds} s")
+            self.note(step, done, seconds, failed=failed)
+        return all(self.has(step) for step in every)
+
+    def has(self, step: Step) -> bool:
+        """Whether a step is done."""
+        return "samples" in self.log.get(step.name, ())
+
+    def note(self, step: Step, done: str, seconds: float, *, failed: bool) -> None:
+        """Write down what became of a step; one that an earlier call finished keeps the time it took."""
+        if failed or not self.has(step) or done not in (THERE, self.log[step.name]["samples"]):
+            said = {"failed" if failed else "samples": done}
+            self.log[step.name] = {"step": step.name, **said, "seconds": seconds}
+        about = {
+            "schema": 1, "card": card_name(), "environment": environment(), "attention": attention_kernels(),
+            "recorded": list(self.log.values()),
+        }  # fmt: skip
+        write_json(self.about, about)
 
     def check(self, *_: Any) -> None:
         """Raise TimeUp once the budget is spent."""
@@ -161,10 +200,9 @@ class Recorder:
         """Record all that the allocator does in one sample."""
         path = self.folder / f"{step.name}{HISTORY}"
         if path.exists():
-            return "there already"
+            return THERE
         spec, pruner, model, meter = self.ready(step.spec)
         assert self.bench is not None
-        meter.attribution = "none"  # the ledger would stand in every stack
         family, card = self.bench.family, self.bench.card
         prompt = make_prompt(family, card, family.shape(card, *shape, spec.max_tiles), seed=spec.seed)
 
@@ -172,18 +210,21 @@ class Recorder:
             release(spec.device)
             profile_prompt(model, meter, pruner, spec.stack, prompt, new_tokens=spec.max_new_tokens)
 
-        generate()  # what lasts is there before the recording begins
-        if spec.device == "cuda":
-            release(spec.device)
-            torch.cuda.memory._record_memory_history(context="alloc", stacks="python", clear_history=True)
-            try:
-                generate()
-                recording = _snapshot()
-            finally:
-                torch.cuda.memory._record_memory_history(enabled=None)
-        else:
-            recording = as_recording(meter.trace, meter.loaded)
-        meter.attribution = "prefill"
+        meter.attribution = "none"  # the ledger would stand in every stack
+        try:
+            generate()  # what lasts is there before the recording begins
+            if spec.device == "cuda":
+                release(spec.device)
+                torch.cuda.memory._record_memory_history(context="alloc", stacks="python", clear_history=True)
+                try:
+                    generate()
+                    recording = _snapshot()
+                finally:
+                    torch.cuda.memory._record_memory_history(enabled=None)
+            else:
+                recording = as_recording(meter.trace, meter.loaded)
+        finally:
+            meter.attribution = "prefill"
         width, height, text = shape
         about = {
             "spec": spec.to_json(), "width": width, "height": height, "text_tokens": text,
@@ -191,6 +232,11 @@ class Recorder:
         }  # fmt: skip
         write_history(path, about, recording)
         return f"{len(recording):,} events"
+
+
+def card_name() -> str | None:
+    """What torch calls the card that is recorded; None without one."""
+    return torch.cuda.get_device_name() if torch.cuda.is_available() else None
 
 
 @cache
@@ -228,7 +274,7 @@ def _snapshot() -> Recording:
 
 def _count(done: Run) -> str:
     failed = len(done.samples) - len(done.finished)
-    return f"{len(done.finished)} samples" + (f", {failed} failed" if failed else "")
+    return f"{len(done.finished)} sample{'s' * (len(done.finished) != 1)}" + (f", {failed} failed" if failed else "")
 
 
 def say(line: str) -> None:
@@ -251,7 +297,7 @@ def tiny(model: str) -> tuple[Family, Card]:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Record; 0 when all is done, 1 when the budget cut it."""
+    """Record; 0 when all is done, 1 when the budget cut it or a step failed, 2 on another card."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("-o", "--output", type=Path, required=True, help="folder to record into, or to go on in")
     parser.add_argument("--budget", type=float, default=450, help="seconds after which no further sample is begun")
@@ -264,10 +310,15 @@ def main(argv: list[str] | None = None) -> int:
     device = "sim" if asked.dry_run else "cuda"
     wanted = [step for step in steps(device, asked.tokens) if not asked.model or step.spec.model in asked.model]
     asked.output.mkdir(parents=True, exist_ok=True)
-    recorder = Recorder(asked.output, asked.budget)
+    try:
+        recorder = Recorder(asked.output, asked.budget)
+    except MemprofError as error:
+        say(str(error))
+        return error.exit_code
     done = recorder.record(wanted)
     size = sum(path.stat().st_size for path in asked.output.rglob("*") if path.is_file())
-    say(f"{len(recorder.log)} of {len(wanted)} steps, {size / 1e6:.2f} MB, {time.monotonic() - recorder.begin:.0f} s")
+    count = sum(map(recorder.has, wanted))
+    say(f"{count} of {len(wanted)} steps, {size / 1e6:.2f} MB, {time.monotonic() - recorder.begin:.0f} s")
     return 0 if done else 1
 
 

@@ -319,6 +319,48 @@ def test_a_cut_recording_goes_on(script: ModuleType, tmp_path: Path, monkeypatch
     assert json.loads((tmp_path / "reference.json").read_text())["recorded"][0]["samples"] == "2 samples"
 
 
+def test_a_step_that_fails_ends_no_recording(
+    script: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(runner, "find_model", script.tiny)
+    monkeypatch.setattr(script, "shapes", lambda _: [(448, 448, 20)])
+    history = dataclasses.replace(next(script.steps("sim", 2)), shape=(448, 448, 20))
+    two = [history, next(script.steps("sim", 2))]
+    recorder = script.Recorder(tmp_path, 600)
+
+    def fail(*_: object) -> None:
+        raise RuntimeError("CUDA error: lost\nmore")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(script, "as_recording", fail)
+        assert not recorder.record(two)
+    assert f"{history.name}: failed: CUDA error: lost in" in capsys.readouterr().err
+    assert recorder.bench.ready(two[1].spec)[1].attribution == "prefill"
+    first, second = json.loads((tmp_path / "reference.json").read_text())["recorded"]
+    assert (first["step"], first["failed"]) == (history.name, "CUDA error: lost")
+    assert (second["step"], second["samples"]) == (BASELINE, "1 sample")
+    assert script.Recorder(tmp_path, 600).record(two)
+    entries = {e["step"]: e for e in json.loads((tmp_path / "reference.json").read_text())["recorded"]}
+    assert entries[BASELINE] == second, "what was done before is not overwritten"
+    assert "samples" in entries[history.name]
+
+
+def test_a_recording_goes_on_with_its_own_card_alone(
+    script: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    done = {"step": "llava", "samples": "8 samples", "seconds": 7.0}
+    before = json.dumps({"schema": 1, "card": "NVIDIA H100", "recorded": [done]})
+    (tmp_path / "reference.json").write_text(before)
+    monkeypatch.setattr(script, "card_name", lambda: "NVIDIA H200")
+    assert script.main(["-o", str(tmp_path)]) == 2
+    assert capsys.readouterr().err == (
+        f"{tmp_path} was recorded on NVIDIA H100, and here is NVIDIA H200; use another folder\n"
+    )
+    assert (tmp_path / "reference.json").read_text() == before
+    monkeypatch.setattr(script, "card_name", lambda: "NVIDIA H100")
+    assert script.Recorder(tmp_path, 600).log == {"llava": done}
+
+
 def test_recording_needs_no_command_line_packages() -> None:
     code = (
         "import sys, runpy\n"
