@@ -26,7 +26,7 @@ def report(
     ] = None,
     unit: Annotated[
         str | None,
-        typer.Option(help="GiB, GB, MiB or MB (default: what fits); csv, json, chrome and snapshot hold bytes."),
+        typer.Option(help="GiB, GB, MiB or MB (default: what fits); csv, json and chrome hold bytes."),
     ] = None,
     sample: Annotated[
         str | None,
@@ -57,6 +57,8 @@ def report(
     if format not in (names := [*reports.names(), SNAPSHOT]):
         raise UnknownName("format", format, names)
     if format == SNAPSHOT:
+        if unit is not None:
+            raise UsageError(f"--unit {unit} is for what is shown; a {SNAPSHOT} holds bytes, as PyTorch's do")
         _snapshot(runs, sample, output)
         return
     if sample is not None:

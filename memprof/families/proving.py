@@ -59,7 +59,7 @@ _QUESTIONS = 64
 
 
 class Proving(Family):
-    """A 1.3-million-parameter InternVL that reads 4 to 6 character strings in a given ink off an 80 x 80 picture."""
+    """A 1.37-million-parameter InternVL that reads 4 to 6 character strings in a given ink off an 80 x 80 picture."""
 
     title = "Proving"
     cards = {_CARD.name: _CARD}

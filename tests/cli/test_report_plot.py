@@ -12,7 +12,7 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "figures"))
 from synthetic import make_run, make_runs, write_runs
 
 from memprof.cli import plot, report
-from memprof.errors import DataError, UnknownName
+from memprof.errors import DataError, UnknownName, UsageError
 from memprof.records import SampleRecord, summarize
 from memprof.store import find_runs
 
@@ -46,6 +46,8 @@ def test_report_writes_a_file_and_names_it(folder, tmp_path, capsys):
 def test_errors_say_what_is_valid(folder, tmp_path):
     with pytest.raises(UnknownName, match="valid: chrome, csv, html, json, markdown, snapshot, table"):
         report.report([folder], format="xml")
+    with pytest.raises(UsageError, match="--unit MB is for what is shown; a snapshot holds bytes"):
+        report.report([folder], format="snapshot", unit="MB", output=tmp_path / "memory.pickle")
     with pytest.raises(DataError, match="holds no run"):
         report.report([tmp_path])
     with pytest.raises(DataError, match="holds no run"):
