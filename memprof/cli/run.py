@@ -83,6 +83,7 @@ def run(
     from memprof.runner import Bench, complete_spec
     from memprof.runner import run as make_run
     from memprof.simulator.cards import find_card
+    from memprof.store import SAMPLES_FILE
     from memprof.tasks import TASKS
     from memprof.units import check_unit
 
@@ -128,10 +129,11 @@ def run(
         every = sum(len(one.samples) for one in runs)
         typer.echo(f"memprof: {len(failed)} of {every} samples failed; --retry-failed runs them again", err=True)
     refused = sum(s.status == "oom" for s in failed)
+    count = f"{refused} sample{'s' * (refused != 1)}"
     if refused and runs[0].record.status == "predicted":
-        raise DoesNotFit(f"{refused} samples are predicted not to fit on {gpu}; their lines say where")
+        raise DoesNotFit(f"{count} predicted not to fit on {gpu}; {SAMPLES_FILE} says where")
     if refused:
-        raise OutOfMemory(f"{refused} samples ran out of memory; their lines say where")
+        raise OutOfMemory(f"{count} ran out of memory; {SAMPLES_FILE} says where")
     lost = [one for one in runs if one.samples and not one.finished]
     if lost:
         names = ", ".join(one.record.spec.method for one in lost)

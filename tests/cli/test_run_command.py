@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -87,6 +88,21 @@ def test_what_cannot_be_built_leaves_no_folder(
     assert says in err
     assert err.count("\n") == 1
     assert not Path("r").exists()
+
+
+@pytest.mark.parametrize(("tokens", "count"), [((20,), "1 sample"), ((20, 30), "2 samples")])
+def test_what_a_card_would_refuse_is_counted(
+    capsys: pytest.CaptureFixture[str], words: list[str], monkeypatch: pytest.MonkeyPatch, tokens: Any, count: str
+) -> None:
+    real = Bench.outcome
+
+    def outcome(self: Bench, spec: Any, pruner: Any, shape: Any, seed: int) -> Any:
+        refused = "out of memory" if shape.text_tokens - sum(self.card.template) in tokens else None
+        return replace(real(self, spec, pruner, shape, seed), refused=refused)
+
+    monkeypatch.setattr(Bench, "outcome", outcome)
+    code, _, err = call(capsys, *words, "--gpu", "8GiB", "-o", "r")
+    assert (code, err) == (4, f"memprof: {count} predicted not to fit on 8GiB; samples.jsonl says where\n")
 
 
 def test_shards_of_this_very_folder(capsys: pytest.CaptureFixture[str], words: list[str]) -> None:
