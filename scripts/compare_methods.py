@@ -87,7 +87,7 @@ def row(run: Run, baseline: Run, control: Run | None) -> dict[str, Any]:
         "accuracy": bootstrap(scores).to_json(),
         "accuracy_minus_baseline": against(baseline),
         "accuracy_minus_random": against(control) if control else None,
-        "fidelity": {name: it.to_json() for name, it in intervals([s.fidelity or {} for s in done]).items()},
+        "fidelity": {name: it.to_json() for name, it in intervals([s.fidelity for s in done if s.fidelity]).items()},
         "dynamic_peak_bytes": max(s.dynamic_peak_bytes for s in done),
         "kv_cache_bytes": max(s.kv_cache_bytes for s in done),
         "prefill_seconds": min(s.tokens.seconds[0] or 0.0 for s in done),  # a busy machine only adds
