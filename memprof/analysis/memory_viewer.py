@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import pickle
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -10,6 +9,7 @@ from typing import Any
 
 from memprof import __version__
 from memprof.analysis.explain import prompt_shape
+from memprof.analysis.predicting import predicting
 from memprof.anatomy import anatomy
 from memprof.environment import environment
 from memprof.errors import DataError, MemprofError, UnknownName, UsageError
@@ -88,9 +88,7 @@ def _sample(run: Run, name: str | None) -> SampleRecord:
 
 def _predict(run: Run, sample: SampleRecord) -> tuple[dict[str, Any], dict[str, int]]:
     """The snapshot of ``sample``, and its highest allocated and reserved bytes."""
-    # A path says other sizes than the card; weights from the hub have the card's, and no prediction needs their values.
-    weights = "random" if run.record.spec.weights == "hub" else run.record.spec.weights
-    spec = dataclasses.replace(run.record.spec, weights=weights)
+    spec = predicting(run.record.spec)
     pruner = build_pruner(spec.method, spec.stack)
     bench = Bench(spec)
     model, meter = bench.ready(spec)

@@ -17,14 +17,14 @@ import torch
 from torch import nn
 
 from memprof import scopes
+from memprof.analysis.predicting import predicting
 from memprof.anatomy import anatomy
 from memprof.errors import UsageError
 from memprof.families import PromptShape
-from memprof.meters import Meter
-from memprof.meters.sim import SimMeter
 from memprof.pruning import Pruner, build_pruner, kept_share, method_spec
 from memprof.records import RunSpec
 from memprof.runner import Bench, make_prompt, model_of, profile_prompt
+from memprof.simulator.cards import find_card
 
 #: Enters something on a model for the time of one ``generate()``.
 Around = Callable[[nn.Module], Any]
@@ -238,20 +238,6 @@ def _to_int8(wide: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 # -- running them ------------------------------------------------------------------------------------------------------
 
 
-class _Roomy(Bench):
-    """A bench that predicts for a card without its memory limit, so that what the card would refuse is seen whole.
-
-    Kernels and workspaces are the card's.
-    """
-
-    def ready(self, spec: RunSpec) -> tuple[nn.Module, Meter]:
-        """The model and its meter for ``spec``, which never refuses."""
-        model, meter = super().ready(spec)
-        if isinstance(meter, SimMeter) and meter.loaded.limit_bytes is not None:
-            meter.loaded = meter.loaded.unlimited()
-        return model, meter
-
-
 class Benches:
     """Predicts prompts under changes. Models without storage are kept, one for each kind of attention.
 
@@ -271,8 +257,7 @@ class Benches:
             change: What to run.
             every_token: Make all of its tokens, also where they cannot reach the peak.
         """
-        weights = "random" if change.spec.weights == "hub" else change.spec.weights  # a path says other sizes
-        spec = dataclasses.replace(change.spec, device="sim", weights=weights, warmup=0)
+        spec = predicting(change.spec, warmup=0, gpu=find_card(change.spec.gpu).any_memory)
         few = spec.max_new_tokens if every_token else min(self.FEW, spec.max_new_tokens)
         memory = self._run(dataclasses.replace(spec, max_new_tokens=few), change)
         return self._run(spec, change) if _may_rise(memory, spec.max_new_tokens) else memory
@@ -280,7 +265,7 @@ class Benches:
     def _run(self, spec: RunSpec, change: Change) -> dict[str, Any]:
         key = (spec.model, spec.dtype, spec.weights, spec.attention)
         if key not in self._benches:
-            self._benches[key] = _Roomy(spec)
+            self._benches[key] = Bench(spec)
         bench = self._benches[key]
         if not change.around:
             return bench.outcome(spec, change.pruner, change.shape, spec.seed).memory
