@@ -6,6 +6,7 @@ bytes an unbroken run writes. This module never imports torch.
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import time
@@ -35,6 +36,23 @@ def _replace(path: Path, text: str) -> None:
 
 def _line(sample: SampleRecord) -> str:
     return json.dumps(sample.to_json(), ensure_ascii=False) + "\n"
+
+
+def _claim(path: Path) -> int:
+    """A file descriptor of the folder ``path``, locked until it is closed: two writers would mix their lines.
+
+    Raises:
+        UsageError: Another process has it.
+    """
+    claim = os.open(path, os.O_RDONLY)
+    try:
+        fcntl.flock(claim, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(claim)
+        raise UsageError(f"another process is writing to {path}; wait for it, or use another folder") from None
+    except OSError:
+        pass  # a file system without locks
+    return claim
 
 
 class RunFolder:
@@ -87,8 +105,9 @@ class RunFolder:
         return cls(path, record, [], new=True)
 
     def __enter__(self) -> RunFolder:
+        self.path.mkdir(parents=True, exist_ok=True)
+        self._claim = _claim(self.path)
         if self._new:
-            self.path.mkdir(parents=True, exist_ok=True)
             (self.path / SAMPLES_FILE).unlink(missing_ok=True)  # nothing else: a user may keep files of his own here
             self.save()
         else:
@@ -103,6 +122,7 @@ class RunFolder:
     def __exit__(self, *_: object) -> None:
         os.fsync(self._lines.fileno())
         self._lines.close()
+        os.close(self._claim)
 
     @property
     def done(self) -> set[str]:

@@ -185,7 +185,8 @@ def main() -> None:
     varied = ["baseline", *with_budget(("random", "topv", *VARIANTS), VARIED_KEEPS)]
     # A process for one task alone leaves the other readings to the process for the other, which has as much to do.
     readings = given.only != first
-    variants = make_runs(given.runs, first, varied, given.samples, given.seed, given.weights) if readings else []
+    folder = given.runs / "readings"  # of its own: no two processes may write to one run
+    variants = make_runs(folder, first, varied, given.samples, given.seed, given.weights) if readings else []
     if given.only:
         return
     rows = [line for found in runs.values() for line in study(found)]

@@ -90,6 +90,18 @@ def test_nothing_is_touched_before_a_folder_is_entered(tmp_path: Path) -> None:
     assert {file.name: file.read_bytes() for file in (tmp_path / "r").iterdir()} == before
 
 
+def test_two_writers_do_not_mix_their_lines(tmp_path: Path) -> None:
+    with RunFolder.open(tmp_path / "r", record()) as folder:
+        folder.append(sample("a"))
+        for how in ({"resume": True}, {"force": True}):
+            other = RunFolder.open(tmp_path / "r", record(), **how)
+            with pytest.raises(UsageError, match="another process is writing"), other:
+                pass
+    assert read_run(tmp_path / "r").samples == [sample("a")]
+    with RunFolder.open(tmp_path / "r", record(), resume=True) as folder:
+        folder.append(sample("b"))
+
+
 def test_replacing_a_run_leaves_other_files(tmp_path: Path) -> None:
     with RunFolder.open(tmp_path / "r", record()) as folder:
         folder.append(sample("a"))
