@@ -3,7 +3,8 @@
 A recording is an ordinary profiled ``generate()`` over weights without storage, of few tokens, and of a model with few
 decoder layers where the rest are alike. Which shapes are recorded follows from those asked for: the outermost ones, as
 many as the lengths have degrees of freedom, and one more that must come out as predicted. Where recordings do not agree
-the shapes are told apart by their tiles, and in the end each is traced directly.
+the shapes are told apart by their tiles, and in the end each is traced directly. Few shapes are recorded one by one:
+there a program saves layers and steps alone.
 """
 
 from __future__ import annotations
@@ -36,7 +37,7 @@ from memprof.simulator.trace import Trace
 
 #: Layout of a file of programs; others are made anew.
 SCHEMA = 1
-#: With fewer distinct shapes than this, tracing each is as quick as making a program.
+#: With fewer distinct shapes than this, recording each by itself is as quick as making a program for all.
 FEWEST_SHAPES = 6
 #: What a prompt's shape is told apart by, coarse first: where recordings disagree, the next is tried.
 _CLASSES: tuple[Callable[[PromptShape], int], ...] = (
@@ -96,6 +97,7 @@ class Predictor:
         #: Prompts that were run to record programs.
         self._recorded = [0]  # shared by all that :meth:`under` makes
         self._programs: dict[tuple[Any, ...], Program | None] = {}
+        self._alone: dict[tuple[int, ...], Program | None] = {}  # by lengths: each answers for those alone
         self._unfolded: dict[tuple[Any, ...], Unfolded] = {}
         self._forms: list[_Form] = []
 
@@ -113,10 +115,12 @@ class Predictor:
     # -- what is asked -------------------------------------------------------------------------------------------------
 
     def foresee(self, shapes: Iterable[PromptShape], new_tokens: int) -> None:
-        """Make programs for ``shapes``, if they are worth it: from disk where they are, else by recording."""
+        """Make programs for ``shapes``: from disk where they are, else by recording. Few shapes get one each."""
         distinct = list(dict.fromkeys(shapes))
         self._load()
         if len(distinct) < FEWEST_SHAPES:
+            for shape in distinct:
+                self._record_alone(shape, new_tokens)
             return
         before = self.recorded
         self._cover(distinct, new_tokens, 0)
@@ -126,11 +130,8 @@ class Predictor:
     def trace(self, shape: PromptShape, new_tokens: int) -> tuple[Trace, Unfolded] | None:
         """The trace of one shape, or None where no program answers for it."""
         lengths = self._lengths(shape, new_tokens)
-        program = next(
-            (p for level in range(len(_CLASSES)) if (p := self._programs.get(self._key(shape, new_tokens, level)))),
-            None,
-        )
-        if program is None or not program.covers(lengths):
+        program = self._shared(shape, new_tokens) or self._alone.get(lengths)
+        if program is None:
             return None
         passages = self._passages(program, shape)
         key = (id(program), new_tokens, *passages)
@@ -158,7 +159,31 @@ class Predictor:
             [sum(nbytes[slot] for slot in slots) for slots in marks][: len(reading.allocated_bytes)],
         )
 
+    def _shared(self, shape: PromptShape, new_tokens: int) -> Program | None:
+        """The program of many shapes that answers for this one, too."""
+        lengths = self._lengths(shape, new_tokens)
+        keys = (self._key(shape, new_tokens, level) for level in range(len(_CLASSES)))
+        program = next((found for key in keys if (found := self._programs.get(key))), None)
+        return program if program is not None and program.covers(lengths) else None
+
     # -- recording -----------------------------------------------------------------------------------------------------
+
+    def _record_alone(self, shape: PromptShape, new_tokens: int) -> None:
+        """A program for one shape, recorded at that very shape: only layers and steps are folded."""
+        lengths = self._lengths(shape, new_tokens)
+        if lengths in self._alone or self._shared(shape, new_tokens) is not None:
+            return
+        program = Program()
+        try:
+            while program.span.weights(lengths) is None:
+                point = _to_record(lengths, program)
+                if point is None:
+                    raise Irregular(f"nothing is left to record of {lengths}")
+                program.add(point, self._fold(self._record(shape, point[-1])))
+            self._fill(program, shape)
+            self._alone[lengths] = program
+        except Irregular:
+            self._alone[lengths] = None
 
     def _cover(self, shapes: Sequence[PromptShape], new_tokens: int, level: int) -> None:
         """Record until a program answers for every shape, told apart by class number ``level``."""

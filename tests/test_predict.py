@@ -112,14 +112,21 @@ def _kv_numbers(bench: Bench) -> int:
     return int(text["num_key_value_heads"] * text.get("head_dim", text["hidden_size"] // text["num_attention_heads"]))
 
 
-def test_few_shapes_are_traced_directly(monkeypatch: pytest.MonkeyPatch) -> None:
-    bench, spec, pruner = bench_of(monkeypatch, "baseline", "current")
-    shapes = random_shapes(bench, predict.FEWEST_SHAPES - 1, 3)
+@pytest.mark.parametrize(("method", "tokens"), [("topv", 7), ("fastv:drop=mask", 2), ("visionzip", 2)])
+def test_few_shapes_are_recorded_one_by_one(monkeypatch: pytest.MonkeyPatch, method: str, tokens: int) -> None:
+    bench, spec, pruner = bench_of(monkeypatch, method, "current")
+    spec = dataclasses.replace(spec, max_new_tokens=tokens)
+    shapes = random_shapes(bench, 2, 3)
+    model, meter = bench.ready(spec)
     bench.foresee(spec, pruner, shapes)
     predictor = bench._predictor(spec, pruner)
     assert predictor is not None
-    assert predictor.recorded == 0
-    assert predictor.forecast(shapes[0], 7) is None
+    assert predictor.recorded == 2 * (2 if tokens > 6 else 1)
+    for shape in shapes:
+        direct = bench._profile(model, meter, pruner, spec.stack, shape, spec.max_new_tokens, 0)
+        assert bench._predict(spec, pruner, shape) == direct
+    other = dataclasses.replace(shapes[0], after=shapes[0].after + 1)
+    assert predictor.forecast(other, tokens) is None, "a program of one shape says nothing of another"
 
 
 def test_a_method_whose_events_depend_on_tiles_is_told_apart_by_them(monkeypatch: pytest.MonkeyPatch) -> None:

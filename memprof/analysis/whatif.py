@@ -268,6 +268,7 @@ class Benches:
             self._benches[key] = Bench(spec)
         bench = self._benches[key]
         if not change.around:
+            bench.foresee(spec, change.pruner, [change.shape])
             return bench.outcome(spec, change.pruner, change.shape, spec.seed).memory
         model, meter = bench.ready(spec)
         prompt = make_prompt(bench.family, bench.card, change.shape, seed=spec.seed)
