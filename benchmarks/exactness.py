@@ -29,7 +29,7 @@ RESULTS = Path(__file__).parent / "results"
 #: Forms of a method that run other operators than its default.
 FORMS = ("fastv:drop=mask", "topv:layer=1,keep=0.3", "topv:recover=4", "topv:score=cost")
 #: Shapes a program is made for; those that are checked are drawn from them.
-ASKED, TOKENS = 60, 8
+ASKED, TOKENS = 40, 7
 
 
 def shapes_of(bench: Bench, count: int, seed: int) -> list[PromptShape]:
