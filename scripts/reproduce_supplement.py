@@ -31,7 +31,7 @@ def main() -> None:
     parser.add_argument("--json", action="store_true", help="print the result as JSON and draw nothing")
     parser.add_argument("--candidates", type=int, default=4, help="settings that the predictor tries (default: 4)")
     parser.add_argument("--plots", type=Path, default=ROOT / "plots", help="where figures go")
-    parser.add_argument("--runs", type=Path, default=ROOT / "runs" / "supplement", help="where run folders go")
+    parser.add_argument("--runs", type=Path, default=Path("runs/supplement"), help="where run folders go")
     options = parser.parse_args()
     setting, result = reproduce(options.candidates, say)
     if options.json:
