@@ -27,7 +27,7 @@ class TopV(OneCut):
 
     Left open, and chosen by memprof: norms, marginals, order and relaxation of the transport, how importance is read,
     several tiles. The defaults are the reading with all three terms and a transport that measured best on the proving
-    model, with both seeds of its training: unit vectors, a plan balanced by rows then columns, importance = the most a
+    model: unit vectors, a plan balanced by rows then columns, importance = the most a
     token sends to ONE target, a spatial Gaussian of half its cells, no recovery. The Gaussian matters most: as wide as
     second-hand notes have it, it asks a token to be unlike its neighbourhood, and tokens at the picture's edge, which
     have fewer neighbours, win. ``score=sum`` without the spatial term does as well, and falls to chance when the plan

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import io
-import shutil
 from collections.abc import Callable
 from itertools import zip_longest
 
@@ -18,6 +16,7 @@ from rich.text import Text
 from memprof.asked import Asked
 from memprof.figures import kept as drawing
 from memprof.figures.palette import method_colour
+from memprof.reports._paper import Paper
 from memprof.reports.answers.sheet import HEAD, Column, Sheet, key_text, sheet
 from memprof.reports.answers.words import Marked
 
@@ -34,22 +33,17 @@ Pixel = npt.NDArray[np.float64]
 
 def render(asked: Asked, unit: str = "GiB", *, width: int | None = None, colour: bool = False) -> str:
     """The question, its answers with differences ``*starred*`` (or in colour, if asked), maps and numbers."""
-    columns = max(80, width or shutil.get_terminal_size((120, 24)).columns)
-    file = io.StringIO()
-    console = Console(
-        file=file, width=columns, force_terminal=colour, no_color=not colour, highlight=False, legacy_windows=False,
-        color_system="truecolor" if colour else None,
-    )  # fmt: skip
+    console = Paper(width, colour=colour)
     said = sheet(asked, unit)
     console.print(Text(said.heading, style="bold"))
     console.print(Text(f"\nUser: {said.question}\n"))
     if any(one.answer or one.tokens is not None or one.error for one in said.columns):
-        _side_by_side(console, asked, said, columns, colour=colour)
+        _side_by_side(console, asked, said, console.width, colour=colour)
     console.print(_numbers(said))
     for line in said.remarks:
         console.print(Text(line, style="yellow"))
     console.print(Text(said.origin, style="dim"))
-    return "\n".join(line.rstrip() for line in file.getvalue().splitlines()) + "\n"
+    return console.text
 
 
 def _side_by_side(console: Console, asked: Asked, said: Sheet, columns: int, *, colour: bool) -> None:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import io
-import shutil
 from collections.abc import Sequence
 
 from rich import box
@@ -14,6 +12,7 @@ from rich.text import Text
 from memprof.figures import facts
 from memprof.figures.palette import method_colour
 from memprof.records import Run
+from memprof.reports._paper import Paper
 from memprof.reports.rows import Sheet, sheets
 
 MOST_REMARKS = 5
@@ -24,22 +23,17 @@ ROOMY = 112
 
 def render(runs: Sequence[Run], unit: str = "GiB", *, width: int | None = None, colour: bool = False) -> str:
     """A table for each group of ``runs``, ``width`` columns wide (None: the terminal's), with ANSI colours if asked."""
-    columns = max(80, width or shutil.get_terminal_size((120, 24)).columns)
-    file = io.StringIO()
-    console = Console(
-        file=file, width=columns, force_terminal=colour, no_color=not colour, highlight=False, legacy_windows=False,
-        color_system="truecolor" if colour else None,
-    )  # fmt: skip
+    console = Paper(width, colour=colour)
     for number, sheet in enumerate(sheets(runs, unit)):
         if number:
             console.print()
-        _print(console, sheet, columns)
-    return "\n".join(line.rstrip() for line in file.getvalue().splitlines()) + "\n"
+        _print(console, sheet)
+    return console.text
 
 
-def _print(console: Console, sheet: Sheet, columns: int) -> None:
+def _print(console: Console, sheet: Sheet) -> None:
     console.print(Text(sheet.heading, style="bold"))
-    roomy = columns >= ROOMY
+    roomy = console.width >= ROOMY
     console.print(_table(sheet, sheet.head, sheet.rows, roomy=roomy))
     if sheet.quality:
         console.print(Text("What it costs, mean [95 % bootstrap interval over samples]", style="bold"))
