@@ -16,8 +16,9 @@ import json
 import os
 from collections.abc import Callable, Iterable, Sequence
 from functools import cache
+from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import nn
@@ -26,12 +27,13 @@ from memprof import scopes
 from memprof.anatomy import anatomy
 from memprof.environment import package_version
 from memprof.families import PromptShape
+from memprof.forks import forked
 from memprof.meters import Meter
 from memprof.meters.sim import SimMeter
 from memprof.pruning import Pruner, Stage
 from memprof.pruning.view import View
 from memprof.simulator.ledger import Ledger
-from memprof.simulator.program import FOLDED_TOKENS, Irregular, Passage, Program, Recording, Unfolded, fold
+from memprof.simulator.program import FOLDED_TOKENS, Irregular, Passage, Program, Reach, Recording, Unfolded, fold
 from memprof.simulator.replay import Reading, read_cuda
 from memprof.simulator.trace import Trace
 
@@ -46,6 +48,8 @@ _CLASSES: tuple[Callable[[PromptShape], int], ...] = (
     lambda shape: shape.tiles,
 )
 
+#: A prompt's lengths, then the number of new tokens (see :class:`~memprof.simulator.program.Reach`).
+Lengths: TypeAlias = "tuple[int, ...]"
 #: Makes the model with that many decoder layers, and its meter.
 Build = Callable[[int], tuple[nn.Module, Meter]]
 #: Profiles one prompt of random text: model, meter, pruner, shape, new tokens.
@@ -97,7 +101,7 @@ class Predictor:
         #: Prompts that were run to record programs.
         self._recorded = [0]  # shared by all that :meth:`under` makes
         self._programs: dict[tuple[Any, ...], Program | None] = {}
-        self._alone: dict[tuple[int, ...], Program | None] = {}  # by lengths: each answers for those alone
+        self._alone: dict[Lengths, Program | None] = {}  # by lengths: each answers for those alone
         self._unfolded: dict[tuple[Any, ...], Unfolded] = {}
         self._forms: list[_Form] = []
 
@@ -119,8 +123,7 @@ class Predictor:
         distinct = list(dict.fromkeys(shapes))
         self._load()
         if len(distinct) < FEWEST_SHAPES:
-            for shape in distinct:
-                self._record_alone(shape, new_tokens)
+            self._record_alone(distinct, new_tokens)
             return
         before = self.recorded
         self._cover(distinct, new_tokens, 0)
@@ -164,26 +167,32 @@ class Predictor:
         lengths = self._lengths(shape, new_tokens)
         keys = (self._key(shape, new_tokens, level) for level in range(len(_CLASSES)))
         program = next((found for key in keys if (found := self._programs.get(key))), None)
-        return program if program is not None and program.covers(lengths) else None
+        return program if program is not None and program.reach.covers(lengths) else None
 
     # -- recording -----------------------------------------------------------------------------------------------------
 
-    def _record_alone(self, shape: PromptShape, new_tokens: int) -> None:
-        """A program for one shape, recorded at that very shape: only layers and steps are folded."""
-        lengths = self._lengths(shape, new_tokens)
-        if lengths in self._alone or self._shared(shape, new_tokens) is not None:
-            return
-        program = Program()
-        try:
-            while program.span.weights(lengths) is None:
-                point = _to_record(lengths, program)
-                if point is None:
-                    raise Irregular(f"nothing is left to record of {lengths}")
-                program.add(point, self._fold(self._record(shape, point[-1])))
-            self._fill(program, shape)
-            self._alone[lengths] = program
-        except Irregular:
+    def _record_alone(self, shapes: Sequence[PromptShape], new_tokens: int) -> None:
+        """A program for each shape, recorded at that very shape: only layers and steps are folded."""
+        plans = dict[PromptShape, list[Lengths]]()
+        for shape in shapes:
+            lengths = self._lengths(shape, new_tokens)
+            if lengths in self._alone or self._shared(shape, new_tokens) is not None:
+                continue
             self._alone[lengths] = None
+            reach = Reach()
+            while reach.span.weights(lengths) is None and (point := _to_record(lengths, reach)) is not None:
+                reach.add(point)
+            plans[shape] = reach.seen
+        recordings = iter(self._record([(shape, point[-1]) for shape, points in plans.items() for point in points]))
+        for shape, points in plans.items():
+            program, own = Program(), list(islice(recordings, len(points)))
+            try:
+                for point, recording in zip(points, own, strict=True):
+                    program.add(point, self._fold(recording))
+                self._fill(program, shape)
+            except Irregular:
+                continue
+            self._alone[self._lengths(shape, new_tokens)] = program
 
     def _cover(self, shapes: Sequence[PromptShape], new_tokens: int, level: int) -> None:
         """Record until a program answers for every shape, told apart by class number ``level``."""
@@ -207,18 +216,12 @@ class Predictor:
             self._cover(group, new_tokens, level + 1)
 
     def _extend(self, program: Program, group: Sequence[PromptShape], new_tokens: int) -> None:
-        """Record the shapes that lie outermost, until all of ``group`` are answered for and one was a test."""
+        """Record what is missing to answer for all of ``group``."""
         asked = {self._lengths(shape, new_tokens): shape for shape in group}
-        while unanswered := [lengths for lengths in asked if not program.covers(lengths)]:
-            points = {
-                point: lengths
-                for lengths in (unanswered if program.tested else asked)
-                if (point := _to_record(lengths, program)) is not None
-            }
-            if not points:
-                return  # too few shapes to test a program with: they are traced directly
-            point = max(points, key=lambda one: (program.excess(one), program.span.weights(one) is None, sum(one)))
-            program.add(point, self._fold(self._record(asked[points[point]], point[-1])))
+        plan = _plan(copy.deepcopy(program.reach), list(asked))
+        recordings = self._record([(asked[lengths], point[-1]) for lengths, point in plan])
+        for (_, point), recording in zip(plan, recordings, strict=True):
+            program.add(point, self._fold(recording))
         for shape in group:
             self._fill(program, shape)
 
@@ -228,15 +231,29 @@ class Predictor:
     def _recorded_depth(self, head: int) -> int:
         return min(head + 3, self._depth) if self._alike else self._depth
 
-    def _record(self, shape: PromptShape, new_tokens: int) -> Recording:
-        """Profile one prompt on a model of few layers, and note where layers and selections begin."""
-        self._recorded[0] += 1
+    def _record(self, prompts: Sequence[tuple[PromptShape, int]]) -> list[Recording]:
+        """Recordings of prompts of those shapes, and so many new tokens."""
+        if not prompts:
+            return []
+        self._recorded[0] += len(prompts)
+        # The first one here: what it imports and remembers, the copies of this process need not.
+        recorded = [self._record_one(prompts[0]), *forked(self._record_one, prompts[1:])]
+        self._forms[:] = [*self._forms, *(form for _, form in recorded if form is not None)][-1:]
+        return [recording for recording, _ in recorded]
+
+    def _record_one(self, prompt: tuple[PromptShape, int]) -> tuple[Recording, _Form | None]:
+        """Profile one prompt on a model of few layers, and note where layers and selections begin.
+
+        Returns with it what a selection was shown, if one stands by itself.
+        """
+        shape, new_tokens = prompt
         stages = self._stages(shape)
         head = (stages[-1].layer if stages else 0) + 2
         model, meter = self._build(self._recorded_depth(head))
         assert isinstance(meter, SimMeter)
         entered: list[int] = []
         gaps: list[tuple[int, int]] = []
+        forms: list[_Form] = []
 
         def note(*_: Any) -> None:
             assert meter.ledger is not None
@@ -246,21 +263,22 @@ class Predictor:
         hooks = [layer.register_forward_pre_hook(note) for _, layer in layers]
         hooks.append(layers[-1][1].register_forward_hook(note))
         try:
-            self._profile(model, meter, self._watched(meter, gaps), shape, new_tokens)
+            self._profile(model, meter, self._watched(meter, gaps, forms), shape, new_tokens)
         finally:
             for hook in hooks:
                 hook.remove()
         assert meter.trace is not None
         every = len(layers) + 1
-        return Recording(
+        recording = Recording(
             trace=meter.trace,
             layers=[entered[i : i + every] for i in range(0, len(entered), every)],
             gaps=gaps if len(gaps) == len(stages) else [],
             head_layers=head,
             prefix=layers[0][0].rpartition(".")[0],
         )
+        return recording, forms[-1] if forms else None
 
-    def _watched(self, meter: SimMeter, gaps: list[tuple[int, int]]) -> Pruner:
+    def _watched(self, meter: SimMeter, gaps: list[tuple[int, int]], forms: list[_Form]) -> Pruner:
         """The pruner, cutting as in the whole model, with its selections noted that see visual tokens alone."""
         twin, select = copy.copy(self._pruner), self._pruner.select
 
@@ -271,7 +289,7 @@ class Predictor:
             out = select(_asking(view, asked), kept)
             if not asked:
                 gaps.append((start, len(trace.events)))
-                self._forms[:] = [_Form.of(view)]
+                forms.append(_Form.of(view))
             return out
 
         object.__setattr__(twin, "stages", lambda n_visual, _: self._pruner.stages(n_visual, self._depth))
@@ -295,7 +313,7 @@ class Predictor:
         for n_visual, kept in self._passages(program, shape):
             if (n_visual, kept) not in program.passages:
                 if not self._forms:  # the program came from disk: one short prompt shows what a selection looks at
-                    self._record(shape, 1)
+                    self._record([(shape, 1)])
                 program.passages[n_visual, kept] = self._select(n_visual, kept)
 
     def _select(self, n_visual: int, kept: int) -> Passage:
@@ -383,14 +401,35 @@ class Predictor:
             return
 
 
-def _to_record(lengths: tuple[int, ...], program: Program) -> tuple[int, ...] | None:
+def _plan(reach: Reach, asked: Sequence[Lengths]) -> list[tuple[Lengths, Lengths]]:
+    """What to record so that everything ``asked`` is answered for and one recording was a test: the shapes that lie
+    outermost, each with the lengths to record it at. ``reach`` is used up.
+
+    Too few shapes to test with end the plan: they are traced directly.
+    """
+    plan = list[tuple[Lengths, Lengths]]()
+    while unanswered := [lengths for lengths in asked if not reach.covers(lengths)]:
+        points = {
+            point: lengths
+            for lengths in (unanswered if reach.tested else asked)
+            if (point := _to_record(lengths, reach)) is not None
+        }
+        if not points:
+            break
+        point = max(points, key=lambda one: (reach.excess(one), reach.span.weights(one) is None, sum(one)))
+        plan.append((points[point], point))
+        reach.add(point)
+    return plan
+
+
+def _to_record(lengths: Lengths, reach: Reach) -> Lengths | None:
     """The next recording to make of a shape: where steps are folded, of few tokens, and of different numbers of them to
     tell what they move. None where there is none to be made.
     """
     tokens = [lengths[-1]]
     if lengths[-1] > FOLDED_TOKENS + 1:
-        tokens = [FOLDED_TOKENS + (len(program.seen) + i) % 2 for i in range(2)]
-    return next((point for n in tokens if (point := (*lengths[:-1], n)) not in program.seen), None)
+        tokens = [FOLDED_TOKENS + (len(reach.seen) + i) % 2 for i in range(2)]
+    return next((point for n in tokens if (point := (*lengths[:-1], n)) not in reach.seen), None)
 
 
 def _asking(view: View, asked: list[str]) -> View:

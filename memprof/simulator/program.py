@@ -398,47 +398,30 @@ class Span:
         return rest, made
 
 
-# -- programs ----------------------------------------------------------------------------------------------------------
+class Reach:
+    """Which shapes recordings answer for.
 
+    Shapes are vectors of lengths; the last entry is the number of new tokens. A shape is answered for if it is a
+    combination of those recorded, lies between the least and the greatest recorded in every length, and at least one
+    recording more than combinations need has put them to the test.
 
-class Program:
-    """One structure, the recordings it was seen in, and every shape they span.
-
-    Shapes are vectors of lengths; the last entry is the number of new tokens. A shape is answered for
-    (:meth:`covers`) if it is a combination of those recorded, lies between the least and the greatest recorded in
-    every length, and at least one recording more than the combination needs has met the program's word.
+    Attributes:
+        span: What is combined.
+        seen: Every shape recorded.
     """
 
     def __init__(self) -> None:
-        self.structure: Structure | None = None
         self.span = Span()
         self.seen: list[tuple[int, ...]] = []
-        self.passages: dict[tuple[int, ...], Passage] = {}
-        self._dims: list[Ints] = []
-        self._growth: list[Ints] = []
 
-    def add(self, lengths: Sequence[int], folded: Folded) -> None:
-        """Take a recording in: as one more point to combine from, or as a test of what the others say.
-
-        Raises:
-            Irregular: It has another structure, or other sizes than the program says.
-        """
-        if self.structure is None:
-            self.structure = folded.structure
-        elif self.structure != folded.structure:
-            raise Irregular("two recordings have different events")
-        if not self.span.add(lengths):
-            dims, growth = self._combine(lengths)
-            if (dims != folded.dims).any() or (growth != folded.growth).any():
-                raise Irregular(f"the program is wrong about {tuple(lengths)}")
-        else:
-            self._dims.append(folded.dims)
-            self._growth.append(folded.growth)
+    def add(self, lengths: Sequence[int]) -> bool:
+        """A shape was recorded; says whether it is one more to combine from, else it is a test."""
         self.seen.append(tuple(lengths))
+        return self.span.add(lengths)
 
     @property
     def tested(self) -> bool:
-        """Whether a recording that the program did not need has met its word."""
+        """Whether a recording that the combinations did not need has put them to the test."""
         return len(self.seen) > len(self.span.vectors)
 
     def excess(self, lengths: Sequence[int]) -> float:
@@ -453,11 +436,49 @@ class Program:
         return total
 
     def covers(self, lengths: Sequence[int]) -> bool:
-        """Whether the program answers for a shape."""
+        """Whether a shape is answered for."""
         return self.tested and not self.excess(lengths) and self.span.weights(lengths) is not None
 
+
+# -- programs ----------------------------------------------------------------------------------------------------------
+
+
+class Program:
+    """One structure, and its sizes at every shape within reach of the recordings it was seen in.
+
+    Attributes:
+        structure: None before the first recording.
+        reach: Which shapes it answers for.
+        passages: What fills its gaps, by visual tokens before and after the selection.
+    """
+
+    def __init__(self) -> None:
+        self.structure: Structure | None = None
+        self.reach = Reach()
+        self.passages: dict[tuple[int, ...], Passage] = {}
+        self._dims: list[Ints] = []
+        self._growth: list[Ints] = []
+
+    def add(self, lengths: Sequence[int], folded: Folded) -> None:
+        """Take a recording in: as one more point to combine from, or as a test of what the others say.
+
+        Raises:
+            Irregular: It has another structure, or other sizes than the program says.
+        """
+        if self.structure is None:
+            self.structure = folded.structure
+        elif self.structure != folded.structure:
+            raise Irregular("two recordings have different events")
+        if self.reach.add(lengths):
+            self._dims.append(folded.dims)
+            self._growth.append(folded.growth)
+        else:
+            dims, growth = self._combine(lengths)
+            if (dims != folded.dims).any() or (growth != folded.growth).any():
+                raise Irregular(f"the program is wrong about {tuple(lengths)}")
+
     def _combine(self, lengths: Sequence[int]) -> tuple[Ints, Ints]:
-        weights = self.span.weights(lengths)
+        weights = self.reach.span.weights(lengths)
         if weights is None:
             raise Irregular(f"{tuple(lengths)} is no combination of what was recorded")
         scale = lcm(*(w.denominator for w in weights))
@@ -494,7 +515,7 @@ class Program:
             "segments": [
                 [*place, s.steps[place], [number[slot] for slot in s.slots[place]]] for place in s.steps
             ],
-            "points": self.span.vectors, "seen": self.seen,
+            "points": self.reach.span.vectors, "seen": self.reach.seen,
             "dims": [one.tolist() for one in self._dims], "growth": [one.tolist() for one in self._growth],
             "passages": [[key, *vars(p).values()] for key, p in self.passages.items()],
         }  # fmt: skip
@@ -515,13 +536,13 @@ class Program:
             slots={(t, layer): tuple(kinds[i] for i in numbers) for t, layer, _, numbers in data["segments"]},
         )  # fmt: skip
         for point in data["points"]:
-            if not program.span.add(point):
+            if not program.reach.span.add(point):
                 raise ValueError("a point is a combination of the others")
-        program.seen = [tuple(one) for one in data["seen"]]
+        program.reach.seen = [tuple(one) for one in data["seen"]]
         shape = (len(program.structure.all_slots), _AXES)
         program._dims = [np.array(one, dtype=np.int64).reshape(shape) for one in data["dims"]]
         program._growth = [np.array(one, dtype=np.int64).reshape(shape) for one in data["growth"]]
-        if not len(program._dims) == len(program._growth) == len(program.span.vectors):
+        if not len(program._dims) == len(program._growth) == len(program.reach.span.vectors):
             raise ValueError("points and shapes do not match")
         for key, events, survivors, nbytes, parts, sites, shapes, dtypes in data["passages"]:
             program.passages[tuple(key)] = Passage(
@@ -547,8 +568,7 @@ class Unfolded:
         self._rows: list[int] = []  # row of the folded tables each slot's shape is in; ~i for number i of _fixed
         self._times: list[int] = []  # steps since the one that row stands for
         self._fixed: list[tuple[int, tuple[int, ...]]] = []  # bytes and shapes of the selections' tensors
-        self._write()
-        self.timeline = Timeline(self._trace)
+        self.timeline = Timeline(self._trace, self._write())
         rows, times = np.array(self._rows), np.array(self._times)
         self._own = rows >= 0
         pairs = rows[self._own] * (tokens + 1) + times[self._own]
@@ -601,8 +621,9 @@ class Unfolded:
 
     # -- writing out ---------------------------------------------------------------------------------------------------
 
-    def _write(self) -> None:
-        trace = self._trace
+    def _write(self) -> list[int]:
+        """Write the trace; returns the number of events at the end of each segment."""
+        trace, joints = self._trace, list[int]()
         numbers: dict[tuple[int, int], list[int]] = {}  # slots of each segment, by its true token and layer
         phases: dict[tuple[Place, int], list[str]] = {}
         for folded, at, name in self._structure.phases:
@@ -613,7 +634,9 @@ class Unfolded:
                 place = folded_token, self._folded_layer(layer)
                 slots = numbers[token, layer] = []
                 self._segment(place, token, layer, times, slots, numbers, phases if not times else {})
+                joints.append(len(trace.events))
             trace.mark()
+        return joints
 
     def _segment(
         self,

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from hashlib import blake2b
+from functools import cached_property
 from itertools import pairwise
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
 from memprof.records import PARTS, Holder
 from memprof.simulator.allocator import SMALL_LIMIT, AllocatorSettings, CachingAllocator
+from memprof.simulator.small_pool import Memory
 from memprof.simulator.trace import Trace
 
 #: How many of the largest tensors at the peak a record keeps.
@@ -62,9 +64,15 @@ class Timeline:
         born: Whether it is a birth, ``(events,)``.
         birth, death: Event number of each slot's birth and death, ``(slots,)``; past the end where there was none.
         owner: Number of each slot's part in :data:`PARTS`, ``(slots,)``.
+        ends: For each token, the number of events when it was done; where there is no token, that of all.
+        joints: The number of events at the end of each piece that may come again: of tokens, and of what they are made
+            of where that is known. The last is that of all events.
     """
 
-    def __init__(self, trace: Trace) -> None:
+    #: How many ways to part the events are kept: which tensors are small changes little from prompt to prompt.
+    _MOST_SHARES = 32
+
+    def __init__(self, trace: Trace, joints: Sequence[int] = ()) -> None:
         self.marks, self.phases = trace.marks, trace.phases
         self.events = np.asarray(trace.events[: trace.marks[-1]] if trace.marks else trace.events, dtype=np.int64)
         self.born = self.events >= 0
@@ -76,6 +84,18 @@ class Timeline:
         (at,) = np.nonzero(~self.born)
         self.death[self.slots[at]] = at
         self.owner = np.array([_PART_NUMBER[part] for part in trace.parts], dtype=np.int64)
+        self.ends = trace.marks or [len(self.events)]
+        self.joints = sorted([*set(joints).difference(self.ends), *self.ends])
+        self._shares: dict[bytes, Share] = {}
+
+    def share(self, own: npt.NDArray[np.bool_]) -> Share:
+        """The events about the slots that ``own`` says, ``(slots,)``."""
+        key = own.tobytes()
+        if key not in self._shares:
+            if len(self._shares) >= self._MOST_SHARES:
+                self._shares.clear()
+            self._shares[key] = Share(self, own)
+        return self._shares[key]
 
     def level(self, sizes: Ints, start: int = 0) -> Ints:
         """Bytes held before each event and after the last, given each slot's bytes: ``(events + 1,)``."""
@@ -122,7 +142,7 @@ def read_spans(trace: Trace, spans: Sequence[tuple[int, int]], top: int, roundin
 
 
 def read_cuda(
-    trace: Trace, start: CachingAllocator, line: Timeline | None = None, known: Known | None = None
+    trace: Trace, start: CachingAllocator, line: Timeline | None = None, known: Memory | None = None
 ) -> Reading:
     """Read ``trace`` as the caching allocator would have served it, beginning from the state ``start`` (left as it is).
 
@@ -131,7 +151,7 @@ def read_cuda(
     began from the same state, where the caller has them.
     """
     line = line or Timeline(trace)
-    known = known or Known(start)
+    known = known or Memory(start)
     wants: Ints = np.asarray(start.settings.round_sizes(trace.nbytes), dtype=np.int64)
     by_pool = _serve_by_pool(line, wants, start, known)
     if by_pool is not None:
@@ -147,7 +167,7 @@ def read_cuda(
     return reading
 
 
-def _serve_by_pool(line: Timeline, wants: Ints, start: CachingAllocator, known: Known) -> tuple[Ints, list[int]] | None:
+def _serve_by_pool(line: Timeline, wants: Ints, start: CachingAllocator, known: Memory) -> tuple[Ints, list[int]] | None:
     """Bytes of the block each slot gets, and the highest reserved bytes of each token.
 
     Until the driver refuses, the small and the large pool do not know of each other, so each is served alone; None
@@ -155,9 +175,9 @@ def _serve_by_pool(line: Timeline, wants: Ints, start: CachingAllocator, known: 
     """
     if start.settings != AllocatorSettings():
         return None
-    large = _Share(line, wants, wants > SMALL_LIMIT)
-    served = start.unlimited().replay(large.order, large.wants, large.ends[:-1].tolist())
-    small = _small_growth(_Share(line, wants, (wants <= SMALL_LIMIT) & (wants > 0)), known)
+    large = line.share(wants > SMALL_LIMIT)
+    served = start.unlimited().replay(large.order, wants[large.slots], large.marks[:-1])
+    small = _small_growth(line.share((wants <= SMALL_LIMIT) & (wants > 0)), wants, known)
     # Without pressure nothing goes back, so a token's highest is what is reserved at its end.
     reserved = [a + b for a, b in zip(served.reserved, small, strict=True)]
     limit = start.limit_bytes
@@ -168,106 +188,75 @@ def _serve_by_pool(line: Timeline, wants: Ints, start: CachingAllocator, known: 
     return granted, reserved
 
 
-class _Share:
-    """The events of one pool, its slots numbered anew.
-
-    Attributes:
-        slots: The slots of that pool, by birth.
-        wants: Their block sizes.
-        numbers: For each event, which of them it is about.
-        born: Whether it is a birth.
-        order: The events as a program of the allocator.
-        ends: For each token, the number of events when it was done.
-    """
-
-    def __init__(self, line: Timeline, wants: Ints, own: npt.NDArray[np.bool_]) -> None:
-        (at,) = np.nonzero(own[line.slots])
-        self.born = line.born[at]
-        self.slots = line.slots[at[self.born]]
-        self.wants = wants[self.slots]
-        self.numbers = np.searchsorted(self.slots, line.slots[at])
-        self.order: list[int] = np.where(self.born, self.numbers, ~self.numbers).tolist()
-        self.ends = np.searchsorted(at, line.marks or [len(line.events)])
-
-
-class SmallPool:
-    """The small pool at one instant, and where the blocks are that a trace still holds, by birth."""
-
-    __slots__ = ("allocator", "gaps", "held", "key")
-
-    def __init__(self, allocator: CachingAllocator, held: tuple[int, ...] = ()) -> None:
-        self.allocator, self.held = allocator, held
-        #: Bytes and address of the free blocks, largest first.
-        self.gaps = sorted(((b.size, b.address) for b in allocator.free_blocks() if b.small), reverse=True)
-        #: All that decides what comes next.
-        self.key = *self.gaps, *held
-
-    def after(self, order: list[int], wants: list[int]) -> SmallPool:
-        """The pool after a token's events; the blocks held are the first numbers in ``order``."""
-        allocator = self.allocator.copy()
-        return SmallPool(allocator, tuple(allocator.replay(order, wants, held=self.held).left.values()))
-
-
-class Known:
-    """What readings that begin from one state learn from each other: how tokens left the small pool."""
-
-    #: How many pools are kept, about 25 kB each.
-    MOST = 8192
-
-    def __init__(self, start: CachingAllocator) -> None:
-        allocator = CachingAllocator()
-        for address, blocks in start.segments(small=True):
-            allocator.adopt(address, blocks, small=True)
-        self.start = SmallPool(allocator)
-        self._after: dict[tuple[Hashable, bytes], SmallPool] = {}
-
-    def after(self, pool: SmallPool, order: Ints, wants: Ints, held: int) -> SmallPool:
-        """The pool after a token's events, the first ``held`` numbers in them being those it holds."""
-        key = pool.key, blake2b(order.tobytes() + wants.tobytes(), digest_size=16).digest()
-        if key not in self._after:
-            if len(self._after) >= self.MOST:
-                self._after.clear()
-            self._after[key] = pool.after(order.tolist(), [*[0] * held, *wants.tolist()])
-        return self._after[key]
-
-
-def _small_growth(small: _Share, known: Known) -> list[int]:
+def _small_growth(small: Share, wants: Ints, known: Memory) -> list[int]:
     """Bytes by which the small pool has grown at the end of each token.
 
     The rest of a small block is always split off, so blocks are as large as what was asked for, and only the number
-    of segments is in question. Two things spare most of the replaying. Pigeonholes: ``n`` blocks born since cut ``m``
-    gaps into at most ``n + m``, so while the bytes left in those gaps are that many times what is asked for, one of
-    them is large enough wherever the blocks lie. And memory: a token that finds the pool as another one did, and asks
-    for the same, leaves it alike; that happens from step to step, from shape to shape and from method to method.
+    of segments is in question.
     """
-    pool, growth, begin, first = known.start, list[int](), 0, 0
-    before = pool.allocator.reserved
-    alive = np.zeros(0, dtype=np.int64)  # the numbers that ``pool.held`` are the addresses of
-    for stop in small.ends.tolist():
-        born, numbers = small.born[begin:stop], small.numbers[begin:stop]
-        last = first + int(np.count_nonzero(born))
-        local = np.where(numbers >= first, numbers - first + len(alive), np.searchsorted(alive, numbers))
-        pool = known.after(pool, np.where(born, local, ~local), small.wants[first:last], len(alive))
-        growth.append(pool.allocator.reserved - before)
-        if len(growth) == 1 and _settled(small, stop, [size for size, _ in pool.gaps]):
-            return growth * len(small.ends)
-        alive = np.concatenate((alive, np.arange(first, last)))
-        alive = alive[~np.isin(alive, numbers[~born])]
-        begin, first = stop, last
+    sizes = wants[small.slots].astype(np.int32).tobytes()
+    pool, growth = 0, list[int]()
+    for piece in small.pieces:
+        pool = known.after(pool, piece.order, sizes[piece.sizes])
+        if piece.ends_token:
+            growth.append(known.grown(pool))
     return growth
 
 
-def _settled(small: _Share, stop: int, gaps: list[int]) -> bool:
-    """Whether pigeonholes say that every request from event ``stop`` on finds room in the gaps there are."""
-    born, numbers = small.born[stop:], small.numbers[stop:]
-    want = small.wants[numbers]
-    change = np.where(born, 1, -1) * (numbers >= np.count_nonzero(small.born[:stop]))
-    blocks, n_bytes = np.cumsum(change) - change, np.cumsum(change * want) - change * want
-    settled, room = ~born, 0
-    for number, gap in enumerate(gaps, start=1):
-        room += gap
-        settled |= room - n_bytes >= want * (blocks + number)
-    return bool(settled.all())
+class Piece(NamedTuple):
+    """What a small piece of a trace does in one pool, told so that another may do the same.
+
+    Attributes:
+        order: Its events as int32: ``k >= 0`` is the birth of number ``k``, ``~k`` its death. Numbers count first the
+            blocks held when it begins, then its own births, each by birth.
+        sizes: Where the sizes of its births lie, in bytes, among the int32 sizes of all.
+        ends_token: Whether a token ends with it.
+    """
+
+    order: bytes
+    sizes: slice
+    ends_token: bool
+
+
+class Share:
+    """The events of one pool, its slots numbered anew by birth.
+
+    Attributes:
+        slots: The slots of that pool, by birth.
+        marks: For each token, the number of events when it was done.
+    """
+
+    def __init__(self, line: Timeline, own: npt.NDArray[np.bool_]) -> None:
+        (at,) = np.nonzero(own[line.slots])
+        self._born = line.born[at]
+        self.slots = line.slots[at[self._born]]
+        self._numbers = np.searchsorted(self.slots, line.slots[at])
+        self.marks: list[int] = np.searchsorted(at, line.ends).tolist()
+        self._joints: list[int] = np.searchsorted(at, line.joints).tolist()
+        self._ends_token = np.isin(line.joints, line.ends).tolist()
+
+    @cached_property
+    def order(self) -> list[int]:
+        """The events as a program of the allocator."""
+        return np.where(self._born, self._numbers, ~self._numbers).tolist()
+
+    @cached_property
+    def pieces(self) -> list[Piece]:
+        """The events cut at the joints of the timeline."""
+        pieces, held = list[Piece](), list[int]()
+        begin = first = 0
+        for joint, ends_token in zip(self._joints, self._ends_token, strict=True):
+            born, numbers = self._born[begin:joint], self._numbers[begin:joint]
+            last = first + int(np.count_nonzero(born))
+            local = numbers - first + len(held)
+            for event in np.nonzero(numbers < first)[0].tolist():
+                local[event] = held.index(numbers[event])
+            order = np.where(born, local, ~local).astype(np.int32).tobytes()
+            pieces.append(Piece(order, slice(4 * first, 4 * last), ends_token))
+            ended = set(numbers[~born].tolist())
+            held = [number for number in (*held, *range(first, last)) if number not in ended]
+            begin, first = joint, last
+        return pieces
 
 
 def _read(trace: Trace, line: Timeline, sizes: Ints, level: Ints, refused: int | None = None) -> Reading:

@@ -66,16 +66,16 @@ def test_it_survives_the_disk() -> None:
     after = Program.from_json(json.loads(json.dumps(before.to_json())))
     assert after.structure == before.structure
     assert after.unfold(9, 12).trace((20, 12)) == before.unfold(9, 12).trace((20, 12))
-    assert after.covers((20, 12))
+    assert after.reach.covers((20, 12))
 
 
 def test_what_it_answers_for() -> None:
     untested = program(*POINTS[:2])
-    assert not untested.covers((20, 16))
+    assert not untested.reach.covers((20, 16))
     tested = program(*POINTS)
-    assert tested.covers((20, 16))
-    assert not tested.covers((9, 16))
-    assert not tested.covers((41, 16))
+    assert tested.reach.covers((20, 16))
+    assert not tested.reach.covers((9, 16))
+    assert not tested.reach.covers((41, 16))
 
 
 def test_what_does_not_repeat_is_refused() -> None:
