@@ -5,9 +5,11 @@ from __future__ import annotations
 import dataclasses
 import gc
 import zlib
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import closing, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import cached_property, partial
+from itertools import repeat
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -25,6 +27,7 @@ from memprof.families._build import build_model
 from memprof.families._checkpoint import card_from_checkpoint
 from memprof.families._proving import SelfContained
 from memprof.families._text import Tokenizer, load_tokenizer
+from memprof.forks import forked
 from memprof.meters import METERS, Meter, weights_of
 from memprof.meters.sim import SimMeter
 from memprof.predict import Predictor, source_hash
@@ -43,6 +46,8 @@ Progress = Callable[[Run, int], None]
 
 #: What ``weights`` says in a spec where they come with memprof.
 SHIPPED = "shipped"
+#: From so many distinct shapes on, copies of the process predict them side by side.
+MANY = 16
 #: The note of a run that could not be warmed up.
 COLD = "no sample finished to warm up with: workspaces that last are counted as dynamic"
 
@@ -165,6 +170,7 @@ class Bench:
         self._models: dict[int, tuple[nn.Module, Meter]] = {}
         self._predictors: dict[Any, Predictor] = {}
         self._predicted: dict[Any, Outcome] = {}
+        self._coming: dict[Any, Iterator[Outcome | None]] = {}  # what copies of this process are predicting, in order
 
     @cached_property
     def tokenizer(self) -> Tokenizer:
@@ -218,14 +224,42 @@ class Bench:
         if predictor is not None:
             predictor.foresee(shapes, spec.max_new_tokens)
 
+    @contextmanager
+    def ahead(self, spec: RunSpec, pruner: Pruner, shapes: Iterable[PromptShape]) -> Iterator[None]:
+        """:meth:`foresee`, and, inside, copies of this process predict what will be asked for, in that order."""
+        shapes = list(shapes)
+        self.foresee(spec, pruner, shapes)
+        keys = {_key(spec, pruner, shape): shape for shape in shapes}
+        missing = {key: shape for key, shape in keys.items() if key not in self._predicted}
+        if len(missing) < MANY or self._predictor(spec, pruner) is None:
+            yield
+            return
+        with closing(forked(partial(self._predict, spec, pruner), list(missing.values()), chunk=4)) as predictions:
+            self._coming = dict(zip(missing, repeat(predictions)))
+            try:
+                yield
+            finally:
+                self._coming.clear()
+
+    def _await(self, key: Any) -> None:
+        """Take in what the copies predicted, up to ``key``."""
+        try:
+            while key in self._coming:
+                first = next(iter(self._coming))
+                prediction = next(self._coming.pop(first))
+                if prediction is not None:
+                    self._predicted[first] = prediction
+        except Exception:  # whatever it is about, that sample will meet it here, and say so
+            self._coming.clear()
+
     def outcome(self, spec: RunSpec, pruner: Pruner, prompt: Prompt | PromptShape, seed: int) -> Outcome:
         """Profile a prompt, or random text of a prompt's sizes: on a predicting meter once for each distinct shape."""
         model, meter = self.ready(spec)
         if meter.status == "measured":
             return self._profile(model, meter, pruner, spec.stack, prompt, spec.max_new_tokens, seed)
         shape = prompt if isinstance(prompt, PromptShape) else prompt.shape
-        # The bytes do not depend on how a grid of so many tiles lies.
-        key = (pruner, spec.stack, spec.max_new_tokens, dataclasses.replace(shape, columns=shape.tiles, rows=1))
+        key = _key(spec, pruner, shape)
+        self._await(key)
         if key not in self._predicted:
             self._predicted[key] = self._predict(spec, pruner, shape) or self._profile(
                 model, meter, pruner, spec.stack, shape, spec.max_new_tokens, seed
@@ -295,6 +329,11 @@ class Bench:
                 alike=len(set(kinds or [""])) == 1,
             )  # fmt: skip
         return self._predictors[key].under(pruner)
+
+
+def _key(spec: RunSpec, pruner: Pruner, shape: PromptShape) -> Any:
+    """All that a prediction depends on: bytes do not, on how a grid of so many tiles lies."""
+    return pruner, spec.stack, spec.max_new_tokens, dataclasses.replace(shape, columns=shape.tiles, rows=1)
 
 
 def release(device: str) -> None:
@@ -417,14 +456,14 @@ def run(
     with folder:
         if todo:
             _begin(folder, bench, pruner, task, samples)
-            bench.foresee(spec, pruner, _shapes(bench, spec, todo))
-        for sample in todo:
-            if isinstance(sample, Sample):
-                folder.append(_profile_sample(bench, spec, pruner, task, sample, judge))
-            else:
-                folder.append(sample)
-            if progress is not None:
-                progress(folder.run(), len(samples))
+        with bench.ahead(spec, pruner, _shapes(bench, spec, todo)) if todo else nullcontext():
+            for sample in todo:
+                if isinstance(sample, Sample):
+                    folder.append(_profile_sample(bench, spec, pruner, task, sample, judge))
+                else:
+                    folder.append(sample)
+                if progress is not None:
+                    progress(folder.run(), len(samples))
         folder.arrange(sample.id for sample in samples)
         if todo:
             _note(folder, bench.ready(spec)[1])

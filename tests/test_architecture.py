@@ -17,7 +17,7 @@ ROOT = Path(memprof.__file__).parent
 GROUND = {"errors", "units", "records", "plugins", "scopes", "environment", "intervals"}
 ALLOWED = {
     "errors": set(), "units": {"errors"}, "records": {"intervals"}, "scopes": set(), "environment": set(),
-    "plugins": {"errors"}, "intervals": {"errors"}, "asked": {"records"},
+    "plugins": {"errors"}, "intervals": {"errors"}, "asked": {"records"}, "forks": set(),
     "store": {"errors", "records"},
     "anatomy": {"errors"},
     "simulator": GROUND,
@@ -27,9 +27,11 @@ ALLOWED = {
     "pruning": GROUND | {"anatomy"},
     "meters": GROUND | {"simulator", "anatomy"},
     "profiler": GROUND | {"anatomy", "meters", "simulator"},
-    "predict": GROUND | {"anatomy", "families", "meters", "pruning", "simulator"},
-    "runner": GROUND
-    | {"anatomy", "families", "meters", "predict", "profiler", "pruning", "simulator", "stacks", "store", "tasks"},
+    "predict": GROUND | {"anatomy", "families", "forks", "meters", "pruning", "simulator"},
+    "runner": GROUND | {
+        "anatomy", "families", "forks", "meters", "predict", "profiler", "pruning", "simulator", "stacks", "store",
+        "tasks",
+    },
     "figures": GROUND | {"store", "asked"},
     "reports": GROUND | {"store", "figures", "asked"},
     "analysis": GROUND | {

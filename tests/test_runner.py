@@ -2,15 +2,16 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from memprof import runner
+from memprof import forks, runner
 from memprof.errors import BadValue, DataError, DoesNotFit, UnknownName, UsageError
-from memprof.families import find_model
+from memprof.families import PromptShape, find_model
 from memprof.meters.cpu import CpuMeter
 from memprof.pruning import visual_flops_cut, visual_tokens_per_layer
 from memprof.pruning.methods.topv import TopV
@@ -280,3 +281,49 @@ def test_shards_cover_every_sample_once() -> None:
     for bad in ("0/3", "4/3", "1", "a/b"):
         with pytest.raises(BadValue, match="i/n"):
             shard_of(11, bad)
+
+
+@pytest.fixture
+def many_shapes(tmp_path: Path) -> str:
+    path = tmp_path / "many.csv"
+    path.write_text("width,height,text_tokens\n" + "".join(f"{300 + n},300,{20 + n}\n" for n in range(20)))
+    return str(path)
+
+
+def test_many_shapes_are_predicted_on_copies_of_the_process(
+    many_shapes: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked, here = spec(model="proving", data=many_shapes, method="topv"), list[PromptShape]()
+    real = Bench._predict
+
+    def predict(self: Bench, spec: RunSpec, pruner: Any, shape: PromptShape) -> Any:
+        here.append(shape)
+        return real(self, spec, pruner, shape)
+
+    monkeypatch.setattr(Bench, "_predict", predict)
+    found = {}
+    for cores in (1, 3):
+        here.clear()
+        monkeypatch.setattr(forks, "_cores", lambda cores=cores: cores)
+        found[cores] = run(asked, tmp_path / f"on-{cores}").samples
+        assert len(here) == (20 if cores == 1 or not sys.platform.startswith("linux") else 0)
+    assert found[1] == found[3]
+
+
+def test_an_error_on_a_copy_is_that_samples_own(
+    many_shapes: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bench, real = Bench(spec(model="proving")), Bench._predict
+    broken = 27 + sum(bench.card.template)
+
+    def predict(self: Bench, spec: RunSpec, pruner: Any, shape: PromptShape) -> Any:
+        if shape.text_tokens == broken:
+            raise DataError("no such text")
+        return real(self, spec, pruner, shape)
+
+    monkeypatch.setattr(Bench, "_predict", predict)
+    monkeypatch.setattr(forks, "_cores", lambda: 3)
+    done = run(spec(model="proving", data=many_shapes), tmp_path / "r", bench=bench)
+    assert [s.status for s in done.samples] == ["ok"] * 7 + ["failed"] + ["ok"] * 12
+    assert done.samples[7].error == "no such text"
+    assert not bench._coming

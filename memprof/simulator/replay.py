@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import pairwise
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import numpy as np
 import numpy.typing as npt
@@ -167,7 +167,9 @@ def read_cuda(
     return reading
 
 
-def _serve_by_pool(line: Timeline, wants: Ints, start: CachingAllocator, known: Memory) -> tuple[Ints, list[int]] | None:
+def _serve_by_pool(
+    line: Timeline, wants: Ints, start: CachingAllocator, known: Memory
+) -> tuple[Ints, list[int]] | None:
     """Bytes of the block each slot gets, and the highest reserved bytes of each token.
 
     Until the driver refuses, the small and the large pool do not know of each other, so each is served alone; None
@@ -238,7 +240,7 @@ class Share:
     @cached_property
     def order(self) -> list[int]:
         """The events as a program of the allocator."""
-        return np.where(self._born, self._numbers, ~self._numbers).tolist()
+        return cast("list[int]", np.where(self._born, self._numbers, ~self._numbers).tolist())
 
     @cached_property
     def pieces(self) -> list[Piece]:

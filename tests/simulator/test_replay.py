@@ -1,8 +1,9 @@
-"""Reading pool by pool, with pigeonholes, says what one replay of everything says."""
+"""Reading pool by pool, the small one piece by piece, says what one replay of everything says."""
 
 from __future__ import annotations
 
 import random
+from dataclasses import replace
 
 import pytest
 from hypothesis import given, settings
@@ -10,7 +11,8 @@ from hypothesis import strategies as st
 
 from memprof.records import PARTS
 from memprof.simulator.allocator import AllocatorSettings, CachingAllocator
-from memprof.simulator.replay import read_cuda, read_plain, read_spans
+from memprof.simulator.replay import Timeline, read_cuda, read_plain, read_spans
+from memprof.simulator.small_pool import Memory
 from memprof.simulator.trace import Trace
 from memprof.units import MIB
 
@@ -47,6 +49,43 @@ def test_pool_by_pool_is_one_replay(seed: int, tokens: int, largest: int) -> Non
     reading = read_cuda(trace, start)
     assert (reading.peak_allocated_bytes, reading.allocated_bytes, reading.reserved_bytes) == whole(trace, start)
     assert sum(reading.parts.values()) in (0, max(reading.peak_allocated_bytes) - start.allocated)
+
+
+@settings(deadline=None, max_examples=60)
+@given(st.integers(0, 10**6), st.integers(0, 12), st.sampled_from([1, 7, 10_000]))
+def test_however_it_is_cut_and_whatever_is_remembered(seed: int, cuts: int, most: int) -> None:
+    """Traces alike but for their sizes, read one after another with one memory and with joints anywhere."""
+    start, draw = CachingAllocator(), random.Random(seed)
+    for size in (3 * MIB, 700, 900_000, 600_000, 512):
+        start.malloc(size)
+    memory = Memory(start)
+    memory.MOST = most
+    first = a_trace(seed, 4, 600_000)
+    line = Timeline(first, [draw.randint(0, len(first.events)) for _ in range(cuts)])
+    for sizes in (first.nbytes, first.nbytes, [n // 3 for n in first.nbytes], [2 * n for n in first.nbytes]):
+        trace = replace(first, nbytes=sizes)
+        reading = read_cuda(trace, start, line, memory)
+        assert (reading.peak_allocated_bytes, reading.allocated_bytes, reading.reserved_bytes) == whole(trace, start)
+
+
+def test_a_layer_that_comes_again_is_served_once() -> None:
+    """Fifty layers alike, of eight tokens: the small pool is served a few of them, and remembers the rest."""
+    trace, joints, held = Trace(), list[int](), list[int]()
+    for _ in range(8):
+        held = [trace.birth(4_096, "other", ("", "embed"))]
+        for _ in range(50):
+            a = trace.birth(8_192, "mlp", ("", "up"))
+            b = trace.birth(4_096, "attention", ("", "down"))
+            trace.death(a)
+            trace.death(held.pop())
+            held.append(b)
+            joints.append(len(trace.events))
+        trace.death(held.pop())
+        trace.mark()
+    memory = Memory(CachingAllocator())
+    reading = read_cuda(trace, CachingAllocator(), Timeline(trace, joints), memory)
+    assert reading.reserved_bytes == [2 * MIB] * 8
+    assert len(memory._after) < 20
 
 
 @pytest.mark.parametrize("text", ["expandable_segments:True", "max_split_size_mb:64", "roundup_power2_divisions:4"])
