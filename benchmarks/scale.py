@@ -1,7 +1,8 @@
 """How long a prediction takes: it grows with the number of distinct shapes, not with samples or the size of the model.
 
 Each point is a process of its own that runs ``memprof.runner.run`` with an empty cache of programs: imports, building
-the model, recording, evaluating, and one flushed line a sample are all in the time. Written to ``benchmarks/results``::
+the model, recording, evaluating, and one flushed line a sample are all in the time; seconds of CPU and bytes are those
+of the process and of its copies together (pages they share count once). Written to ``benchmarks/results``::
 
     python benchmarks/scale.py            # all points, then the figure
     python benchmarks/scale.py --headline # 3,088 samples x three methods x 16 tokens alone
@@ -11,6 +12,7 @@ the model, recording, evaluating, and one flushed line a sample are all in the t
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 import random
@@ -21,6 +23,8 @@ import tempfile
 import time
 from pathlib import Path
 from typing import Any
+
+import psutil
 
 RESULTS = Path(__file__).parent / "results"
 METHODS = ("baseline", "fastv", "topv")
@@ -63,11 +67,21 @@ def child(model: str, data: str, output: str) -> None:
         bench = bench or Bench(spec)
         done += len(run(spec, Path(output) / method, bench=bench).finished)
         took[method] = time.perf_counter() - began
-    usage = resource.getrusage(resource.RUSAGE_SELF)
+    usage = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
     print(json.dumps({
         "import_seconds": imported - start, "method_seconds": took, "samples_done": done,
-        "cpu_seconds": usage.ru_utime + usage.ru_stime, "peak_rss_bytes": usage.ru_maxrss * 1024,
+        "cpu_seconds": sum(one.ru_utime + one.ru_stime for one in usage),
     }))  # fmt: skip
+
+
+def held(process: psutil.Process) -> int:
+    """Bytes held by a process and its copies, shared pages once; 0 where it is gone."""
+    n_bytes = 0
+    with contextlib.suppress(psutil.NoSuchProcess):
+        for one in [process, *process.children(recursive=True)]:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                n_bytes += one.memory_full_info().pss
+    return n_bytes
 
 
 def point(model: str, samples: int, distinct: int) -> dict[str, Any]:
@@ -76,15 +90,25 @@ def point(model: str, samples: int, distinct: int) -> dict[str, Any]:
         data = Path(folder) / "shapes.csv"
         shapes_file(data, samples, distinct)
         load, start = os.getloadavg()[0], time.perf_counter()
-        done = subprocess.run(
+        process = psutil.Popen(
             [sys.executable, __file__, "--child", model, str(data), f"{folder}/runs"],
-            env={**os.environ, "MEMPROF_CACHE": f"{folder}/cache"}, capture_output=True, text=True, check=True,
+            env={**os.environ, "MEMPROF_CACHE": f"{folder}/cache"}, stdout=subprocess.PIPE, text=True,
         )  # fmt: skip
+        most = 0
+        while process.poll() is None:
+            most = max(most, held(process))
+            time.sleep(0.5)
         seconds = time.perf_counter() - start
-    out = {"model": model, "samples": samples, "distinct_shapes": distinct, "tokens": TOKENS, "methods": len(METHODS),
-           "wall_seconds": seconds, "load_before": load, **json.loads(done.stdout.splitlines()[-1])}  # fmt: skip
+        said = process.communicate()[0]
+        if process.returncode:
+            raise SystemExit(process.returncode)
+    out = {
+        "model": model, "samples": samples, "distinct_shapes": distinct, "tokens": TOKENS, "methods": len(METHODS),
+        "cores": len(os.sched_getaffinity(0)), "wall_seconds": seconds, "load_before": load, "peak_bytes": most,
+        **json.loads(said.splitlines()[-1]),
+    }  # fmt: skip
     print(f"{model} {samples} samples, {distinct} shapes: {seconds:.1f} s wall, {out['cpu_seconds']:.1f} s CPU, "
-          f"{out['peak_rss_bytes'] / 2**30:.2f} GiB", file=sys.stderr)  # fmt: skip
+          f"{out['peak_bytes'] / 2**30:.2f} GiB", file=sys.stderr)  # fmt: skip
     return out
 
 

@@ -284,8 +284,6 @@ class Replay:
     peak_events: tuple[int, ...]
     #: Bytes of the block each number got: the request, its rounding, and what was too little to split off.
     granted: list[int]
-    #: Addresses of the numbers that are still handed out at the end.
-    left: dict[int, int]
     #: The allocation that did not fit, if one did not: then the last window ends there.
     refused: Refusal | None = None
     #: Index of the event that was refused.
@@ -491,7 +489,6 @@ class CachingAllocator:
         sizes: Sequence[int] | npt.NDArray[np.int64],
         windows: Sequence[int] = (),
         stream: Hashable = 0,
-        held: Sequence[int] = (),
     ) -> Replay:
         """Run a whole program: the order of events is one thing, their sizes another, so many sizes share one order.
 
@@ -500,12 +497,10 @@ class CachingAllocator:
         bytes do nothing. ``windows`` are the event indices at which a new window begins (ascending; the first begins at
         event 0 anyway). Pass ``order`` as a list: it is read as it is. A refusal is an answer here, not an error: see
         :attr:`Replay.refused`.
-
-        ``held`` are addresses handed out before: they are the first numbers, and their sizes say nothing.
         """
         wants = self.settings.round_sizes(sizes)
         events = order if isinstance(order, list | tuple) else [int(k) for k in order]
-        live = [self._at.pop(address) for address in held] + [0] * (len(wants) - len(held))
+        live = [0] * len(wants)
         bounds = [0, *windows, len(events)]
         peaks, ends, reserved_peaks, reserved_ends, peak_events = [], [], [], [], []
         refused_event = None
@@ -524,11 +519,9 @@ class CachingAllocator:
             peak_events.append(-1 if number < 0 else events.index(number, start, stop))
             if refused_event is not None:
                 break
-        kept = [number for number, block in enumerate(live) if block]
-        left = {number: self._address[live[number]] for number in kept}
-        self._at.update((left[number], live[number]) for number in kept)
+        self._at.update((self._address[block], block) for block in live if block)
         return Replay(
-            tuple(peaks), tuple(ends), tuple(reserved_peaks), tuple(reserved_ends), tuple(peak_events), wants, left,
+            tuple(peaks), tuple(ends), tuple(reserved_peaks), tuple(reserved_ends), tuple(peak_events), wants,
             self.refused, refused_event,
         )  # fmt: skip
 
