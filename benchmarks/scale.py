@@ -12,7 +12,6 @@ of the process and of its copies together (pages they share count once). Written
 from __future__ import annotations
 
 import argparse
-import contextlib
 import json
 import os
 import random
@@ -23,8 +22,6 @@ import tempfile
 import time
 from pathlib import Path
 from typing import Any
-
-import psutil
 
 RESULTS = Path(__file__).parent / "results"
 METHODS = ("baseline", "fastv", "topv")
@@ -74,14 +71,15 @@ def child(model: str, data: str, output: str) -> None:
     }))  # fmt: skip
 
 
-def held(process: psutil.Process) -> int:
-    """Bytes held by a process and its copies, shared pages once; 0 where it is gone."""
-    n_bytes = 0
-    with contextlib.suppress(psutil.NoSuchProcess):
-        for one in [process, *process.children(recursive=True)]:
-            with contextlib.suppress(psutil.NoSuchProcess):
-                n_bytes += one.memory_full_info().pss
-    return n_bytes
+def held(pid: int) -> int:
+    """Bytes held by a process and its copies, shared pages once; 0 where it is gone, or nothing is said of it."""
+    try:
+        rollup = Path(f"/proc/{pid}/smaps_rollup").read_text(encoding="utf-8")
+        children = Path(f"/proc/{pid}/task/{pid}/children").read_text(encoding="utf-8").split()
+    except OSError:
+        return 0
+    own = next(int(line.split()[1]) * 1024 for line in rollup.splitlines() if line.startswith("Pss:"))
+    return own + sum(held(int(child)) for child in children)
 
 
 def point(model: str, samples: int, distinct: int) -> dict[str, Any]:
@@ -90,13 +88,13 @@ def point(model: str, samples: int, distinct: int) -> dict[str, Any]:
         data = Path(folder) / "shapes.csv"
         shapes_file(data, samples, distinct)
         load, start = os.getloadavg()[0], time.perf_counter()
-        process = psutil.Popen(
+        process = subprocess.Popen(
             [sys.executable, __file__, "--child", model, str(data), f"{folder}/runs"],
             env={**os.environ, "MEMPROF_CACHE": f"{folder}/cache"}, stdout=subprocess.PIPE, text=True,
         )  # fmt: skip
         most = 0
         while process.poll() is None:
-            most = max(most, held(process))
+            most = max(most, held(process.pid))
             time.sleep(0.5)
         seconds = time.perf_counter() - start
         said = process.communicate()[0]
@@ -123,14 +121,22 @@ def draw(results: dict[str, Any]) -> None:
     with look.settings():
         figure = Figure(figsize=(6.9, 2.3), layout="constrained")
         axes = figure.subplots(1, 3, sharey=True)
-        panels = (("samples", "samples"), ("distinct_shapes", "distinct shapes"), ("model", "model"))
+        panels = (("samples", "samples"), ("distinct_shapes", "distinct shapes"), ("model", "parameters, billions"))
         for axis, (key, label) in zip(axes, panels, strict=True):
             points = results["by_" + key]
-            x = [p[key] for p in points] if key != "model" else range(len(points))
-            axis.plot(x, [p["cpu_seconds"] for p in points], marker="o", markersize=3, color=method_colour("topv"))
+            x = [float(p["model"].rpartition("-")[2][:-1]) if key == "model" else p[key] for p in points]
+            y = [p["cpu_seconds"] for p in points]
+            axis.plot(x, y, "o" if key == "model" else "o-", markersize=3, color=method_colour("topv"))
             axis.set_xlabel(label)
             if key == "model":
-                axis.set_xticks(list(x), [p["model"].replace("-", "-\n", 1) for p in points], fontsize=5)
+                axis.set_xscale("log")
+                axis.set_xlim(1.3, 150)
+                axis.set_xticks([2, 10, 50], ["2", "10", "50"])
+                axis.minorticks_off()
+                for point, left, up in zip(points, x, y, strict=True):
+                    name = point["model"].rpartition("-")[0] if "llava" in point["model"] else point["model"]
+                    axis.annotate(name.replace("internvl2-", ""), (left, up), (0, 5), textcoords="offset points",
+                                  ha="center", fontsize=5)  # fmt: skip
         axes[0].set_ylabel("seconds of CPU, 3 methods")
         axes[0].set_ylim(0, 1.1 * max(p["cpu_seconds"] for key, _ in panels for p in results["by_" + key]))
         figure.suptitle(

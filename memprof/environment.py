@@ -17,11 +17,12 @@ PACKAGES = ("torch", "transformers", "numpy", "pillow", "nvidia-ml-py")
 #: Settings of the caching allocator, in the order PyTorch reads them.
 ALLOCATOR_SETTINGS = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_NO_CUDA_MEMORY_CACHING")
 
-#: What torchrun and SLURM tell a process of its place among others.
+#: What torchrun and SLURM tell a process of its place among all others.
 RANK_VARIABLES = (
-    "RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE",
-    "SLURM_PROCID", "SLURM_NTASKS", "SLURM_LOCALID", "SLURM_STEP_NUM_TASKS",
+    "RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "SLURM_PROCID", "SLURM_NTASKS", "SLURM_STEP_NUM_TASKS"
 )  # fmt: skip
+#: What they tell it of its place among those on the same machine.
+LOCAL_RANK_VARIABLES = ("LOCAL_RANK", "SLURM_LOCALID")
 
 
 def package_version(name: str) -> str | None:
@@ -69,3 +70,12 @@ def rank_shard() -> tuple[str, str] | None:
         if rank in os.environ and int(world or 1) > 1:
             return f"{int(os.environ[rank]) + 1}/{world}", rank
     return None
+
+
+def own_card(cards: int) -> int | None:
+    """Number of the card that is this process's, of ``cards`` it can see: each local rank takes the next.
+
+    None where no launcher speaks, or none is seen. A launcher that shows each process one card has chosen already.
+    """
+    rank = next((os.environ[name] for name in LOCAL_RANK_VARIABLES if name in os.environ), None)
+    return int(rank) % cards if rank is not None and cards else None

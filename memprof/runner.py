@@ -20,7 +20,7 @@ from torch import nn
 
 from memprof import scopes
 from memprof.anatomy import anatomy
-from memprof.environment import environment
+from memprof.environment import environment, own_card
 from memprof.errors import BadValue, MemprofError, UnknownName
 from memprof.families import Card, Family, PromptShape, find_model
 from memprof.families._build import build_model
@@ -164,6 +164,8 @@ class Bench:
 
     def __init__(self, spec: RunSpec) -> None:
         METERS.load(spec.device).check()
+        if spec.device == "cuda" and (card := own_card(torch.cuda.device_count())) is not None:
+            torch.cuda.set_device(card)
         self.family, self.card = model_of(spec)
         self.weights = weights_of_spec(self.family, self.card, spec)
         self._built: tuple[Any, ...] | None = None

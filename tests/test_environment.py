@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from memprof.environment import rank_shard
+from memprof.environment import LOCAL_RANK_VARIABLES, own_card, rank_shard
 
 VARIABLES = (
     "RANK", "WORLD_SIZE", "SLURM_PROCID", "SLURM_NTASKS", "SLURM_STEP_ID", "SLURM_STEP_NUM_TASKS",
@@ -37,3 +37,25 @@ def test_a_shard_follows_from_a_launcher_alone(
     for name, value in there.items():
         monkeypatch.setenv(name, value)
     assert rank_shard() == found
+
+
+@pytest.mark.parametrize(
+    ("there", "cards", "found"),
+    [
+        ({}, 8, None),
+        ({"LOCAL_RANK": "3"}, 8, 3),
+        ({"LOCAL_RANK": "3"}, 1, 0),  # CUDA_VISIBLE_DEVICES shows each rank its own
+        ({"LOCAL_RANK": "5"}, 4, 1),
+        ({"SLURM_LOCALID": "2"}, 4, 2),
+        ({"LOCAL_RANK": "1", "SLURM_LOCALID": "0"}, 4, 1),  # torchrun in a SLURM step of one task
+        ({"LOCAL_RANK": "1"}, 0, None),
+    ],
+)
+def test_each_local_rank_takes_a_card(
+    monkeypatch: pytest.MonkeyPatch, there: dict[str, str], cards: int, found: int | None
+) -> None:
+    for name in LOCAL_RANK_VARIABLES:
+        monkeypatch.delenv(name, raising=False)
+    for name, value in there.items():
+        monkeypatch.setenv(name, value)
+    assert own_card(cards) == found

@@ -327,3 +327,18 @@ def test_an_error_on_a_copy_is_that_samples_own(
     assert [s.status for s in done.samples] == ["ok"] * 7 + ["failed"] + ["ok"] * 12
     assert done.samples[7].error == "no such text"
     assert not bench._coming
+
+
+def test_a_local_rank_measures_on_its_own_card(monkeypatch: pytest.MonkeyPatch) -> None:
+    taken = list[int]()
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
+    monkeypatch.setattr(torch.cuda, "set_device", taken.append)
+    monkeypatch.delenv("SLURM_LOCALID", raising=False)
+    monkeypatch.delenv("LOCAL_RANK", raising=False)
+    Bench(spec(device="cuda"))
+    assert taken == []
+    monkeypatch.setenv("LOCAL_RANK", "2")
+    Bench(spec(device="cuda"))
+    Bench(spec(device="sim"))
+    assert taken == [2]

@@ -34,7 +34,7 @@ from bisect import bisect_left, bisect_right
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
-from typing import TypeVar, cast
+from typing import TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -168,14 +168,14 @@ class AllocatorSettings:
             return _up(n_bytes, (1 << (n_bytes.bit_length() - 1)) // divisions)
         return _up_to_blocks(n_bytes)
 
-    def round_sizes(self, sizes: Sequence[int] | npt.NDArray[np.int64]) -> list[int]:
+    def round_sizes(self, sizes: Sequence[int] | npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
         """:meth:`round_size` of many requests at once, in bytes."""
         requests = np.asarray(sizes, dtype=np.int64)
         if self.roundup_power2_divisions in (0, 1):
-            return cast("list[int]", _up_to_blocks(requests).tolist())
+            return _up_to_blocks(requests)
         values, index = np.unique(requests, return_inverse=True)
         rounded = np.array([self.round_size(value) for value in values.tolist()], dtype=np.int64)
-        return cast("list[int]", rounded[index.reshape(-1)].tolist())
+        return rounded[index.reshape(-1)]
 
     def segment_size(self, block_bytes: int) -> int:
         """Bytes asked of the driver for a block of ``block_bytes`` when segments are not expandable."""
@@ -498,7 +498,7 @@ class CachingAllocator:
         event 0 anyway). Pass ``order`` as a list: it is read as it is. A refusal is an answer here, not an error: see
         :attr:`Replay.refused`.
         """
-        wants = self.settings.round_sizes(sizes)
+        wants: list[int] = self.settings.round_sizes(sizes).tolist()
         events = order if isinstance(order, list | tuple) else [int(k) for k in order]
         live = [0] * len(wants)
         bounds = [0, *windows, len(events)]

@@ -152,7 +152,7 @@ def read_cuda(
     """
     line = line or Timeline(trace)
     known = known or Memory(start)
-    wants: Ints = np.asarray(start.settings.round_sizes(trace.nbytes), dtype=np.int64)
+    wants = start.settings.round_sizes(trace.nbytes)
     by_pool = _serve_by_pool(line, wants, start, known)
     if by_pool is not None:
         granted, reserved = by_pool

@@ -79,7 +79,7 @@ def test_sizes_round_up_to_a_division_of_a_power_of_two(asked, block):
 @given(st.lists(st.integers(0, 2**33), max_size=20), st.sampled_from([0, 1, 2, 8, (0, 2, 4, 8) * 4]))
 def test_rounding_many_is_rounding_each(sizes, divisions):
     rules = AllocatorSettings(roundup_power2_divisions=divisions)
-    assert rules.round_sizes(np.array(sizes, dtype=np.int64)) == [rules.round_size(size) for size in sizes]
+    assert rules.round_sizes(np.array(sizes, dtype=np.int64)).tolist() == [rules.round_size(size) for size in sizes]
 
 
 # ------------------------------------------------------------------------------------------------- pools, fit and split

@@ -102,6 +102,7 @@ def test_a_trial_of_one_rank_of_many_is_a_whole_run(
     card = Card(monkeypatch)
     assert Measurer(measured(), tmp_path, None)("topv:keep=0.1,layer=2", "a").status == "measured"
     assert "PATH" in card.environment
+    assert card.environment.get("LOCAL_RANK") == os.environ.get("LOCAL_RANK")  # which card is its own is still said
     monkeypatch.setattr(os, "environ", card.environment)
     assert rank_shard() is None
 
