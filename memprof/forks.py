@@ -1,14 +1,19 @@
-"""Work on copies of this process, one a core: all that was built is there already, and only the answers travel."""
+"""Work on copies of this process, one a core: all that was built is there already, and only the answers travel.
+
+Where the system cannot copy a process, or ended a copy, the work is done in this one. What ``work`` changes stays in
+the copies; answers, and what is raised, are pickled.
+"""
 
 from __future__ import annotations
 
+import gc
 import multiprocessing
 import os
 import signal
 import sys
 import warnings
-from collections.abc import Callable, Generator, Sequence
-from concurrent.futures import ProcessPoolExecutor
+from collections.abc import Callable, Generator, Iterator, Sequence
+from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from typing import Any, TypeVar
 
@@ -16,37 +21,83 @@ T = TypeVar("T")
 R = TypeVar("R")
 
 
-def forked(work: Callable[[T], R], items: Sequence[T], chunk: int = 1) -> Generator[R, None, None]:
-    """``work(item)`` for each of ``items``, in order, as they come; what ``work`` changes stays in the copies.
+def shared(work: Callable[[T], R], items: Sequence[T]) -> Iterator[tuple[int, R]]:
+    """The number of each of ``items`` and ``work(item)``, as they come. This process takes a share itself: for few and
+    long ones.
+    """
+    shares = min(len(items), _cores()) if _may_fork() else 1
+    numbers = range(len(items))
+    if shares < 2:
+        yield from zip(numbers, map(work, items), strict=True)
+        return
+    with _Copies(shares - 1, work) as copies:
+        given = [(numbers[i::shares], copies.give(items[i::shares])) for i in range(1, shares)]
+        yield from ((number, work(items[number])) for number in numbers[::shares])
+        for theirs, answers in given:
+            yield from zip(theirs, copies.take(answers, items[theirs.start :: shares]), strict=True)
+
+
+def forked(work: Callable[[T], R], items: Sequence[T], chunk: int) -> Generator[R, None, None]:
+    """``work(item)`` for each of ``items``, in order, as they come. This process only waits: for many and short ones.
 
     The copies are made when the first answer is asked for, are given ``chunk`` items at a time, and end with the
-    iterator, also where it is closed early. Answers, and what is raised, are pickled. Where the system cannot copy a
-    process, or ended one of them, the work is done in this one.
+    generator, also where it is closed early.
     """
-    workers = min(-(-len(items) // chunk), _cores())
-    may_fork = sys.platform.startswith("linux") and not multiprocessing.current_process().daemon
-    if workers < 2 or not may_fork:
+    workers = min(-(-len(items) // chunk), _cores()) if _may_fork() else 1
+    if workers < 2:
         yield from map(work, items)
         return
-    fork = multiprocessing.get_context("fork")
-    pool, done = ProcessPoolExecutor(workers, fork, initializer=_begin, initargs=(work,)), 0
-    try:
+    with _Copies(workers, work) as copies:
+        chunks = [items[begin : begin + chunk] for begin in range(0, len(items), chunk)]
+        for some, answers in zip(chunks, [copies.give(some) for some in chunks], strict=True):
+            yield from copies.take(answers, some)
+
+
+class _Copies:
+    """Copies of this process that all do the same work."""
+
+    def __init__(self, count: int, work: Callable[[Any], Any]) -> None:
+        self.work = work
+        self.pool = ProcessPoolExecutor(
+            count, multiprocessing.get_context("fork"), initializer=_begin, initargs=(work,)
+        )
+
+    def __enter__(self) -> _Copies:
+        gc.collect()
+        gc.freeze()  # a copy that collects garbage would write to, and so duplicate, everything there is
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.pool.shutdown(cancel_futures=True)
+
+    def give(self, items: Sequence[Any]) -> Future[list[Any]] | None:
+        """Have a copy work on ``items``; the copies are made at the first call. None where one was lost by now."""
         with warnings.catch_warnings():
             # Of threads that copies lack: none is waited for there (see _begin).
             warnings.simplefilter("ignore", DeprecationWarning)
-            answers = pool.map(_do, items, chunksize=chunk)
-        for answer in answers:
-            yield answer
-            done += 1
-    except BrokenProcessPool:  # most likely for want of memory
-        yield from map(work, items[done:])
-    finally:
-        pool.shutdown(cancel_futures=True)
+            try:
+                return self.pool.submit(_do, items)
+            except BrokenProcessPool:
+                return None
+
+    def take(self, answers: Future[list[Any]] | None, items: Sequence[Any]) -> list[Any]:
+        """The answers about ``items``; worked out here if a copy was lost, most likely for want of memory."""
+        try:
+            if answers is not None:
+                return answers.result()
+        except BrokenProcessPool:
+            pass
+        return [self.work(item) for item in items]
 
 
 def _cores() -> int:
     """How many this process may run on."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _may_fork() -> bool:
+    """Elsewhere than on Linux, system libraries do not bear it; and a daemon may have no children."""
+    return sys.platform.startswith("linux") and not multiprocessing.current_process().daemon
 
 
 _work: Callable[[Any], Any]
@@ -63,5 +114,5 @@ def _begin(work: Callable[[Any], Any]) -> None:
     torch.set_num_threads(1)
 
 
-def _do(item: Any) -> Any:
-    return _work(item)
+def _do(items: Sequence[Any]) -> list[Any]:
+    return [_work(item) for item in items]

@@ -16,7 +16,7 @@ import json
 import os
 from collections.abc import Callable, Iterable, Sequence
 from functools import cache
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -27,7 +27,7 @@ from memprof import scopes
 from memprof.anatomy import anatomy
 from memprof.environment import package_version
 from memprof.families import PromptShape
-from memprof.forks import forked
+from memprof.forks import shared
 from memprof.meters import Meter
 from memprof.meters.sim import SimMeter
 from memprof.pruning import Pruner, Stage
@@ -82,6 +82,7 @@ class Predictor:
         build: Makes a model of the same kind with fewer layers.
         profile: Profiles one prompt.
         depends: Everything else the programs depend on, as plain data; see :func:`source_hash`.
+        watch: Told of recordings: how many are done, and of how many.
         alike: Whether the decoder layers are alike, so that a few of them tell of all.
     """
 
@@ -93,11 +94,12 @@ class Predictor:
         build: Build,
         profile: Profile,
         depends: dict[str, Any],
+        watch: Callable[[int, int], None],
         *,
         alike: bool = True,
     ) -> None:
         self._depth, self._meter, self._pruner, self._build, self._profile = depth, meter, pruner, build, profile
-        self._depends, self._alike = depends, alike
+        self._depends, self._watch, self._alike = depends, watch, alike
         #: Prompts that were run to record programs.
         self._recorded = [0]  # shared by all that :meth:`under` makes
         self._programs: dict[tuple[Any, ...], Program | None] = {}
@@ -233,13 +235,18 @@ class Predictor:
 
     def _record(self, prompts: Sequence[tuple[PromptShape, int]]) -> list[Recording]:
         """Recordings of prompts of those shapes, and so many new tokens."""
-        if not prompts:
-            return []
-        self._recorded[0] += len(prompts)
-        # The first one here: what it imports and remembers, the copies of this process need not.
-        recorded = [self._record_one(prompts[0]), *forked(self._record_one, prompts[1:])]
-        self._forms[:] = [*self._forms, *(form for _, form in recorded if form is not None)][-1:]
-        return [recording for recording, _ in recorded]
+        recorded: dict[int, Recording] = {}
+        if prompts:
+            self._watch(0, len(prompts))
+        # The first before the process is copied: what it imports and remembers, the copies need not.
+        first, rest = shared(self._record_one, prompts[:1]), shared(self._record_one, prompts[1:])
+        for number, (recording, form) in chain(first, ((1 + number, found) for number, found in rest)):
+            recorded[number] = recording
+            if form is not None:
+                self._forms[:] = [form]
+            self._recorded[0] += 1
+            self._watch(len(recorded), len(prompts))
+        return [recorded[number] for number in range(len(prompts))]
 
     def _record_one(self, prompt: tuple[PromptShape, int]) -> tuple[Recording, _Form | None]:
         """Profile one prompt on a model of few layers, and note where layers and selections begin.

@@ -160,9 +160,14 @@ class Judge(Protocol):
 
 
 class Bench:
-    """A model on a device, kept from one method to the next and rebuilt only when its bytes would change."""
+    """A model on a device, kept from one method to the next and rebuilt only when its bytes would change.
+
+    Attributes:
+        on_recording: Told of the prompts that predictions are made from: how many are recorded, and of how many.
+    """
 
     def __init__(self, spec: RunSpec) -> None:
+        self.on_recording: Callable[[int, int], None] = lambda done, total: None
         METERS.load(spec.device).check()
         if spec.device == "cuda" and (card := own_card(torch.cuda.device_count())) is not None:
             torch.cuda.set_device(card)
@@ -328,6 +333,7 @@ class Bench:
                     model, meter, pruner, spec.stack, shape, new_tokens, spec.seed
                 ),
                 depends,
+                lambda done, total: self.on_recording(done, total),
                 alike=len(set(kinds or [""])) == 1,
             )  # fmt: skip
         return self._predictors[key].under(pruner)

@@ -6,13 +6,14 @@ import multiprocessing
 import os
 import signal
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import pytest
 
 from memprof import forks
 from memprof.errors import UnknownName
-from memprof.forks import forked
+from memprof.forks import forked, shared
 
 linux = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="processes are copied on Linux alone")
 
@@ -28,53 +29,78 @@ def elsewhere(work: Callable[[int], int]) -> Callable[[int], tuple[int, bool]]:
     return lambda n: (work(n), os.getpid() != here)
 
 
-@pytest.mark.parametrize("chunk", [1, 4])
-def test_answers_come_in_order(chunk: int) -> None:
-    answers = list(forked(elsewhere(lambda n: n * n), range(13), chunk))
-    assert [answer for answer, _ in answers] == [n * n for n in range(13)]
-    assert all(other for _, other in answers) == sys.platform.startswith("linux")
+def on_copies(work: Callable[[int], Any], items: Sequence[int]) -> list[Any]:
+    return list(forked(work, items, 2))
 
 
-def test_one_item_is_worked_on_here() -> None:
-    assert list(forked(elsewhere(abs), [-3])) == [(3, False)]
-    assert list(forked(abs, [])) == []
+def with_a_share(work: Callable[[int], Any], items: Sequence[int]) -> list[Any]:
+    found = dict(shared(work, items))
+    assert sorted(found) == list(range(len(items)))
+    return [found[number] for number in range(len(items))]
 
 
-def test_a_process_that_may_have_no_children_works_itself() -> None:
-    def child(queue: multiprocessing.SimpleQueue[list[int]]) -> None:
-        queue.put(list(forked(abs, [-1, -2])))
+Way = Callable[[Callable[[int], Any], Sequence[int]], list[Any]]
+both = pytest.mark.parametrize("way", [on_copies, with_a_share])
+
+
+@both
+@pytest.mark.parametrize("count", [0, 1, 2, 3, 13])
+def test_answers_are_those_of_the_work(way: Way, count: int) -> None:
+    assert way(lambda n: n * n, range(count)) == [n * n for n in range(count)]
+
+
+@linux
+def test_who_works() -> None:
+    assert [other for _, other in on_copies(elsewhere(abs), range(7))] == [True] * 7
+    assert [other for _, other in on_copies(elsewhere(abs), range(2))] == [False] * 2  # one chunk
+    assert [other for _, other in with_a_share(elsewhere(abs), range(7))] == [
+        False,
+        True,
+        True,
+        False,
+        True,
+        True,
+        False,
+    ]
+
+
+@both
+def test_a_process_that_may_have_no_children_works_itself(way: Way) -> None:
+    def child(queue: multiprocessing.SimpleQueue[list[tuple[int, bool]]]) -> None:
+        queue.put(way(elsewhere(abs), [-1, -2, -3]))
 
     context = multiprocessing.get_context("fork")
     queue = context.SimpleQueue()
     process = context.Process(target=child, args=(queue,), daemon=True)
     process.start()
-    assert queue.get() == [1, 2]
+    assert queue.get() == [(1, False), (2, False), (3, False)]
     process.join()
 
 
-def test_what_is_raised_reaches_the_caller() -> None:
+def test_answers_come_before_an_error() -> None:
     def work(n: int) -> int:
         if n == 2:
             raise ValueError(f"number {n}")
         return n
 
-    answers = forked(work, range(4))
+    answers = forked(work, range(4), 1)
     assert next(answers) == 0
     with pytest.raises(ValueError, match="number 2"):
         list(answers)
 
 
-@linux
-def test_an_error_that_cannot_be_pickled_is_raised_here() -> None:
+@both
+def test_an_error_that_cannot_be_pickled_is_raised_here(way: Way) -> None:
     def work(n: int) -> int:
         raise UnknownName("method", "x", ["y"])
 
     with pytest.raises(UnknownName):
-        list(forked(work, range(4)))
+        way(work, range(4))
 
 
 @linux
-def test_the_work_of_a_lost_copy_is_done_here() -> None:
+@both
+def test_the_work_of_a_lost_copy_is_done_here(way: Way) -> None:
     here = os.getpid()
 
     def work(n: int) -> int:
@@ -82,12 +108,12 @@ def test_the_work_of_a_lost_copy_is_done_here() -> None:
             os.kill(os.getpid(), signal.SIGKILL)
         return n
 
-    assert list(forked(work, range(9))) == list(range(9))
+    assert way(work, range(9)) == list(range(9))
 
 
 @linux
 def test_closing_early_ends_the_copies() -> None:
-    answers = forked(abs, range(100))
+    answers = forked(abs, range(100), 1)
     assert next(answers) == 0
     answers.close()
     assert not multiprocessing.active_children()

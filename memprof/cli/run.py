@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import sys
 from datetime import datetime
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Self
 
 import typer
 
@@ -14,7 +15,6 @@ from memprof.cli import _options as opt
 if TYPE_CHECKING:
     from memprof.analysis.fidelity import Judge
     from memprof.records import Run, RunSpec
-    from memprof.runner import Progress
 
 
 def _use_preset(context: typer.Context, preset: Path | None) -> Path | None:
@@ -115,12 +115,13 @@ def run(
     judge = _judge(specs[0], fidelity)
     bench = Bench(specs[0])
     runs: list[Run] = []
-    with _watch(specs, quiet=quiet or json, verbose=verbose, unit=unit) as progress:
+    with _watch(specs, quiet=quiet or json, verbose=verbose, unit=unit) as watch:
         for spec, path in zip(specs, paths, strict=True):
+            bench.on_recording = partial(watch.recording, spec.method)
             runs.append(
                 make_run(
-                    spec, path, bench=bench, resume=resume, force=force, retry_failed=retry_failed, progress=progress,
-                    judge=judge,
+                    spec, path, bench=bench, resume=resume, force=force, retry_failed=retry_failed,
+                    progress=watch.sample, judge=judge,
                 )
             )  # fmt: skip
     _print(runs, unit, as_json=json)
@@ -207,15 +208,20 @@ class _watch:
             self.console.is_terminal,
         )  # fmt: skip
 
-    def __enter__(self) -> Progress:
+    def __enter__(self) -> Self:
         self.bar.__enter__()
         self.rows = {name: self.bar.add_task(name.partition(":")[0], total=None, now="") for name in self.names}
-        return self._update
+        return self
 
     def __exit__(self, *error: object) -> None:
         self.bar.__exit__(None, None, None)
 
-    def _update(self, run: Run, total: int) -> None:
+    def recording(self, method: str, done: int, total: int) -> None:
+        """So many prompts were recorded of those that a method is predicted from."""
+        self.bar.update(self.rows[method], now=f"recording prompt {min(done + 1, total)} of {total}")
+
+    def sample(self, run: Run, total: int) -> None:
+        """A sample is done."""
         from memprof.units import format_bytes, unit_for
 
         last = run.samples[-1]
