@@ -3,8 +3,8 @@
 A recording is an ordinary profiled ``generate()`` over weights without storage, of few tokens, and of a model with few
 decoder layers where the rest are alike. Which shapes are recorded follows from those asked for: the outermost ones, as
 many as the lengths have degrees of freedom, and one more that must come out as predicted. Where recordings do not agree
-the shapes are told apart by their tiles, and in the end each is traced directly. Few shapes are recorded one by one:
-there a program saves layers and steps alone.
+the shapes are told apart by their tiles. A shape that no such program answers for is recorded by itself, where layers
+and steps alone are spared, and in the end it is traced directly.
 """
 
 from __future__ import annotations
@@ -39,8 +39,6 @@ from memprof.simulator.trace import Trace
 
 #: Layout of a file of programs; others are made anew.
 SCHEMA = 1
-#: With fewer distinct shapes than this, recording each by itself is as quick as making a program for all.
-FEWEST_SHAPES = 6
 #: What a prompt's shape is told apart by, coarse first: where recordings disagree, the next is tried.
 _CLASSES: tuple[Callable[[PromptShape], int], ...] = (
     lambda shape: min(shape.tiles, 1),
@@ -106,6 +104,7 @@ class Predictor:
         self._alone: dict[Lengths, Program | None] = {}  # by lengths: each answers for those alone
         self._unfolded: dict[tuple[Any, ...], Unfolded] = {}
         self._forms: list[_Form] = []
+        self._recordings: dict[Lengths, Recording] = {}  # while shapes are foreseen, what several programs may need
 
     @property
     def recorded(self) -> int:
@@ -121,14 +120,13 @@ class Predictor:
     # -- what is asked -------------------------------------------------------------------------------------------------
 
     def foresee(self, shapes: Iterable[PromptShape], new_tokens: int) -> None:
-        """Make programs for ``shapes``: from disk where they are, else by recording. Few shapes get one each."""
+        """Make programs for ``shapes``: from disk where they are, else by recording."""
         distinct = list(dict.fromkeys(shapes))
         self._load()
-        if len(distinct) < FEWEST_SHAPES:
-            self._record_alone(distinct, new_tokens)
-            return
         before = self.recorded
         self._cover(distinct, new_tokens, 0)
+        self._record_alone([shape for shape in distinct if self._shared(shape, new_tokens) is None], new_tokens)
+        self._recordings.clear()
         if self.recorded > before:
             self._save()
 
@@ -178,7 +176,7 @@ class Predictor:
         plans = dict[PromptShape, list[Lengths]]()
         for shape in shapes:
             lengths = self._lengths(shape, new_tokens)
-            if lengths in self._alone or self._shared(shape, new_tokens) is not None:
+            if lengths in self._alone:
                 continue
             self._alone[lengths] = None
             reach = Reach()
@@ -235,18 +233,21 @@ class Predictor:
 
     def _record(self, prompts: Sequence[tuple[PromptShape, int]]) -> list[Recording]:
         """Recordings of prompts of those shapes, and so many new tokens."""
-        recorded: dict[int, Recording] = {}
-        if prompts:
-            self._watch(0, len(prompts))
+        points = [self._lengths(*prompt) for prompt in prompts]
+        new = {point: prompt for point, prompt in zip(points, prompts, strict=True) if point not in self._recordings}
+        order, missing = list(new), list(new.values())
+        if missing:
+            self._watch(0, len(missing))
         # The first before the process is copied: what it imports and remembers, the copies need not.
-        first, rest = shared(self._record_one, prompts[:1]), shared(self._record_one, prompts[1:])
-        for number, (recording, form) in chain(first, ((1 + number, found) for number, found in rest)):
-            recorded[number] = recording
+        first, rest = shared(self._record_one, missing[:1]), shared(self._record_one, missing[1:])
+        found = chain(first, ((1 + number, recorded) for number, recorded in rest))
+        for done, (number, (recording, form)) in enumerate(found, start=1):
+            self._recordings[order[number]] = recording
             if form is not None:
                 self._forms[:] = [form]
             self._recorded[0] += 1
-            self._watch(len(recorded), len(prompts))
-        return [recorded[number] for number in range(len(prompts))]
+            self._watch(done, len(missing))
+        return [self._recordings[point] for point in points]
 
     def _record_one(self, prompt: tuple[PromptShape, int]) -> tuple[Recording, _Form | None]:
         """Profile one prompt on a model of few layers, and note where layers and selections begin.
@@ -412,7 +413,7 @@ def _plan(reach: Reach, asked: Sequence[Lengths]) -> list[tuple[Lengths, Lengths
     """What to record so that everything ``asked`` is answered for and one recording was a test: the shapes that lie
     outermost, each with the lengths to record it at. ``reach`` is used up.
 
-    Too few shapes to test with end the plan: they are traced directly.
+    Too few shapes to test with end the plan.
     """
     plan = list[tuple[Lengths, Lengths]]()
     while unanswered := [lengths for lengths in asked if not reach.covers(lengths)]:
@@ -423,7 +424,9 @@ def _plan(reach: Reach, asked: Sequence[Lengths]) -> list[tuple[Lengths, Lengths
         }
         if not points:
             break
-        point = max(points, key=lambda one: (reach.excess(one), reach.span.weights(one) is None, sum(one)))
+        point = max(
+            points, key=lambda one: (reach.excess(one), reach.span.weights(one) is None, not reach.met(one), sum(one))
+        )
         plan.append((points[point], point))
         reach.add(point)
     return plan

@@ -402,8 +402,9 @@ class Reach:
     """Which shapes recordings answer for.
 
     Shapes are vectors of lengths; the last entry is the number of new tokens. A shape is answered for if it is a
-    combination of those recorded, lies between the least and the greatest recorded in every length, and at least one
-    recording more than combinations need has put them to the test.
+    combination of those recorded, and a recording that combinations do not need has put them to the test. Where that
+    was a recording of other tokens alone, only prompts that were recorded are answered for; where it was one of
+    another prompt, all that lie between the least and the greatest recorded in every length.
 
     Attributes:
         span: What is combined.
@@ -413,11 +414,29 @@ class Reach:
     def __init__(self) -> None:
         self.span = Span()
         self.seen: list[tuple[int, ...]] = []
+        self._prompts = Span()
+        self._met: set[tuple[int, ...]] = set()
+
+    @classmethod
+    def of(cls, points: Sequence[Sequence[int]], seen: Sequence[Sequence[int]]) -> Self:
+        """The reach whose shapes to combine from are ``points``, of all that were seen; ValueError if they are not."""
+        reach = cls()
+        found = [tuple(lengths) for lengths in seen if reach.add(lengths)]
+        if found != [tuple(point) for point in points]:
+            raise ValueError("these are not the points that those shapes give")
+        return reach
 
     def add(self, lengths: Sequence[int]) -> bool:
         """A shape was recorded; says whether it is one more to combine from, else it is a test."""
         self.seen.append(tuple(lengths))
+        if not self.met(lengths):
+            self._met.add(tuple(lengths[:-1]))
+            self._prompts.add(lengths[:-1])
         return self.span.add(lengths)
+
+    def met(self, lengths: Sequence[int]) -> bool:
+        """Whether the same prompt was recorded, maybe of another number of new tokens."""
+        return tuple(lengths[:-1]) in self._met
 
     @property
     def tested(self) -> bool:
@@ -437,10 +456,9 @@ class Reach:
 
     def covers(self, lengths: Sequence[int]) -> bool:
         """Whether a shape is answered for."""
-        return self.tested and not self.excess(lengths) and self.span.weights(lengths) is not None
-
-
-# -- programs ----------------------------------------------------------------------------------------------------------
+        if not self.tested or self.span.weights(lengths) is None:
+            return False
+        return self.met(lengths) or (len(self._met) > len(self._prompts.vectors) and not self.excess(lengths))
 
 
 class Program:
@@ -535,10 +553,7 @@ class Program:
             },
             slots={(t, layer): tuple(kinds[i] for i in numbers) for t, layer, _, numbers in data["segments"]},
         )  # fmt: skip
-        for point in data["points"]:
-            if not program.reach.span.add(point):
-                raise ValueError("a point is a combination of the others")
-        program.reach.seen = [tuple(one) for one in data["seen"]]
+        program.reach = Reach.of(data["points"], data["seen"])
         shape = (len(program.structure.all_slots), _AXES)
         program._dims = [np.array(one, dtype=np.int64).reshape(shape) for one in data["dims"]]
         program._growth = [np.array(one, dtype=np.int64).reshape(shape) for one in data["growth"]]

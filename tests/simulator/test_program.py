@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from memprof.simulator.program import FOLDED_TOKENS, Irregular, Passage, Program, Recording, Span, fold
+from memprof.simulator.program import FOLDED_TOKENS, Irregular, Passage, Program, Reach, Recording, Span, fold
 from memprof.simulator.trace import Trace
 
 
@@ -59,6 +59,23 @@ def test_layers_and_steps_unfold(layers: int, tokens: int, n: int) -> None:
     ours = program(*POINTS).unfold(layers, tokens).trace((n, tokens))
     real = made_up(tokens, layers, n).trace
     assert ours == real
+
+
+def test_a_test_of_other_tokens_alone_says_nothing_of_other_prompts() -> None:
+    reach = Reach()
+    assert [reach.add(point) for point in ((10, 5), (40, 6), (10, 6))] == [True, True, True]
+    assert not reach.covers((10, 16))
+    assert not reach.add((40, 5))
+    assert reach.covers((10, 16))
+    assert reach.covers((40, 16))
+    assert not reach.covers((25, 16))
+    assert not reach.add((31, 5))
+    assert reach.covers((25, 16))
+    assert not reach.covers((41, 16))
+    again = Reach.of(reach.span.vectors, reach.seen)
+    assert again.covers((25, 16))
+    with pytest.raises(ValueError, match="not the points"):
+        Reach.of(reach.span.vectors[:2], reach.seen)
 
 
 def test_it_survives_the_disk() -> None:
