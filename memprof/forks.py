@@ -96,8 +96,11 @@ def _cores() -> int:
 
 
 def _may_fork() -> bool:
-    """Elsewhere than on Linux, system libraries do not bear it; and a daemon may have no children."""
-    return sys.platform.startswith("linux") and not multiprocessing.current_process().daemon
+    """Elsewhere than on Linux system libraries do not bear it, nor does CUDA; and a daemon may have no children."""
+    import torch
+
+    daemon = multiprocessing.current_process().daemon
+    return sys.platform.startswith("linux") and not daemon and not torch.cuda.is_initialized()  # type: ignore[no-untyped-call]
 
 
 _work: Callable[[Any], Any]

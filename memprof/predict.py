@@ -124,9 +124,11 @@ class Predictor:
         distinct = list(dict.fromkeys(shapes))
         self._load()
         before = self.recorded
-        self._cover(distinct, new_tokens, 0)
-        self._record_alone([shape for shape in distinct if self._shared(shape, new_tokens) is None], new_tokens)
-        self._recordings.clear()
+        try:
+            self._cover(distinct, new_tokens, 0)
+            self._record_alone([shape for shape in distinct if self._shared(shape, new_tokens) is None], new_tokens)
+        finally:
+            self._recordings.clear()
         if self.recorded > before:
             self._save()
 

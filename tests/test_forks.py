@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import pytest
+import torch
 
 from memprof import forks
 from memprof.errors import UnknownName
@@ -75,6 +76,12 @@ def test_a_process_that_may_have_no_children_works_itself(way: Way) -> None:
     process.start()
     assert queue.get() == [(1, False), (2, False), (3, False)]
     process.join()
+
+
+@both
+def test_a_process_that_uses_a_card_is_not_copied(way: Way, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+    assert way(elsewhere(abs), [-1, -2, -3]) == [(1, False), (2, False), (3, False)]
 
 
 def test_answers_come_before_an_error() -> None:
