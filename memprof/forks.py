@@ -17,6 +17,9 @@ from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from typing import Any, TypeVar
 
+#: Most processes that work side by side: each may come to hold as much as the one it is a copy of.
+MOST = 8
+
 T = TypeVar("T")
 R = TypeVar("R")
 
@@ -91,8 +94,8 @@ class _Copies:
 
 
 def _cores() -> int:
-    """How many this process may run on."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    """How many cores this process may run on, as far as there is use for them."""
+    return min(MOST, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
 
 
 def _may_fork() -> bool:
