@@ -15,7 +15,8 @@ import warnings
 from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from typing import Any, TypeVar
+from contextlib import suppress
+from typing import Any, Self, TypeVar
 
 #: Most processes that work side by side: each may come to hold as much as the one it is a copy of.
 MOST = 8
@@ -61,35 +62,33 @@ class _Copies:
 
     def __init__(self, count: int, work: Callable[[Any], Any]) -> None:
         self.work = work
-        self.pool = ProcessPoolExecutor(
-            count, multiprocessing.get_context("fork"), initializer=_begin, initargs=(work,)
-        )
+        self.pool: ProcessPoolExecutor | None = None
+        with suppress(ImportError, NotImplementedError, OSError):  # a system without semaphores
+            fork = multiprocessing.get_context("fork")
+            self.pool = ProcessPoolExecutor(count, fork, initializer=_begin, initargs=(work,))
 
-    def __enter__(self) -> _Copies:
+    def __enter__(self) -> Self:
         gc.collect()
         gc.freeze()  # a copy that collects garbage would write to, and so duplicate, everything there is
         return self
 
     def __exit__(self, *_: object) -> None:
-        self.pool.shutdown(cancel_futures=True)
+        if self.pool is not None:
+            self.pool.shutdown(cancel_futures=True)
 
     def give(self, items: Sequence[Any]) -> Future[list[Any]] | None:
-        """Have a copy work on ``items``; the copies are made at the first call. None where one was lost by now."""
-        with warnings.catch_warnings():
+        """Have a copy work on ``items``; the copies are made at the first call. None where there are none."""
+        with warnings.catch_warnings(), suppress(BrokenProcessPool, OSError):
             # Of threads that copies lack: none is waited for there (see _begin).
             warnings.simplefilter("ignore", DeprecationWarning)
-            try:
-                return self.pool.submit(_do, items)
-            except BrokenProcessPool:
-                return None
+            return self.pool.submit(_do, items) if self.pool is not None else None
+        return None
 
     def take(self, answers: Future[list[Any]] | None, items: Sequence[Any]) -> list[Any]:
         """The answers about ``items``; worked out here if a copy was lost, most likely for want of memory."""
-        try:
+        with suppress(BrokenProcessPool):
             if answers is not None:
                 return answers.result()
-        except BrokenProcessPool:
-            pass
         return [self.work(item) for item in items]
 
 

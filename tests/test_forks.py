@@ -7,6 +7,7 @@ import os
 import signal
 import sys
 from collections.abc import Callable, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from typing import Any
 
 import pytest
@@ -81,6 +82,18 @@ def test_a_process_that_may_have_no_children_works_itself(way: Way) -> None:
 @both
 def test_a_process_that_uses_a_card_is_not_copied(way: Way, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+    assert way(elsewhere(abs), [-1, -2, -3]) == [(1, False), (2, False), (3, False)]
+
+
+@both
+@pytest.mark.parametrize("where", ["__init__", "submit"])
+def test_a_system_that_refuses_copies_costs_none_of_the_work(
+    way: Way, where: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: Any, **__: Any) -> None:
+        raise OSError("no semaphores, or no memory for another process")
+
+    monkeypatch.setattr(ProcessPoolExecutor, where, refuse)
     assert way(elsewhere(abs), [-1, -2, -3]) == [(1, False), (2, False), (3, False)]
 
 
