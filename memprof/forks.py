@@ -28,17 +28,23 @@ R = TypeVar("R")
 def shared(work: Callable[[T], R], items: Sequence[T]) -> Iterator[tuple[int, R]]:
     """The number of each of ``items`` and ``work(item)``, as they come. This process takes a share itself: for few and
     long ones.
+
+    The first is done before the process is copied: what it imports and remembers, the copies need not.
     """
-    shares = min(len(items), _cores()) if _may_fork() else 1
-    numbers = range(len(items))
+    if items:
+        yield 0, work(items[0])
+    left = range(1, len(items))
+    shares = min(len(left), _cores()) if _may_fork() else 1
     if shares < 2:
-        yield from zip(numbers, map(work, items), strict=True)
+        yield from ((number, work(items[number])) for number in left)
         return
     with _Copies(shares - 1, work) as copies:
-        given = [(numbers[i::shares], copies.give(items[i::shares])) for i in range(1, shares)]
-        yield from ((number, work(items[number])) for number in numbers[::shares])
-        for theirs, answers in given:
-            yield from zip(theirs, copies.take(answers, items[theirs.start :: shares]), strict=True)
+        parts = [left[i::shares] for i in range(1, shares)]
+        given = [(part, items[part.start :: shares]) for part in parts]
+        answers = [copies.give(some) for _, some in given]
+        yield from ((number, work(items[number])) for number in left[::shares])
+        for (part, some), theirs in zip(given, answers, strict=True):
+            yield from zip(part, copies.take(theirs, some), strict=True)
 
 
 def forked(work: Callable[[T], R], items: Sequence[T], chunk: int) -> Generator[R, None, None]:

@@ -16,7 +16,7 @@ import json
 import os
 from collections.abc import Callable, Iterable, Sequence
 from functools import cache
-from itertools import chain, islice
+from itertools import islice
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -33,7 +33,8 @@ from memprof.meters.sim import SimMeter
 from memprof.pruning import Pruner, Stage
 from memprof.pruning.view import View
 from memprof.simulator.ledger import Ledger
-from memprof.simulator.program import FOLDED_TOKENS, Irregular, Passage, Program, Reach, Recording, Unfolded, fold
+from memprof.simulator.program import FOLDED_TOKENS, Irregular, Passage, Program, Recording, Unfolded, fold
+from memprof.simulator.reach import Reach
 from memprof.simulator.replay import Reading, read_cuda
 from memprof.simulator.trace import Trace
 
@@ -46,7 +47,7 @@ _CLASSES: tuple[Callable[[PromptShape], int], ...] = (
     lambda shape: shape.tiles,
 )
 
-#: A prompt's lengths, then the number of new tokens (see :class:`~memprof.simulator.program.Reach`).
+#: A prompt's lengths, then the number of new tokens (see :class:`~memprof.simulator.reach.Reach`).
 Lengths: TypeAlias = "tuple[int, ...]"
 #: Makes the model with that many decoder layers, and its meter.
 Build = Callable[[int], tuple[nn.Module, Meter]]
@@ -240,10 +241,7 @@ class Predictor:
         order, missing = list(new), list(new.values())
         if missing:
             self._watch(0, len(missing))
-        # The first before the process is copied: what it imports and remembers, the copies need not.
-        first, rest = shared(self._record_one, missing[:1]), shared(self._record_one, missing[1:])
-        found = chain(first, ((1 + number, recorded) for number, recorded in rest))
-        for done, (number, (recording, form)) in enumerate(found, start=1):
+        for done, (number, (recording, form)) in enumerate(shared(self._record_one, missing), start=1):
             self._recordings[order[number]] = recording
             if form is not None:
                 self._forms[:] = [form]

@@ -23,7 +23,7 @@ from memprof.simulator.cards import (
 )
 from memprof.simulator.kernels import Kernels
 from memprof.simulator.replay import Reading, read_cuda
-from memprof.simulator.small_pool import Memory
+from memprof.simulator.small_pool import Known
 from memprof.simulator.trace import Trace
 from memprof.simulator.weightless import RealScores
 
@@ -55,7 +55,7 @@ class SimMeter(TracedMeter):
             self._load("cuBLASLt's workspace", cublaslt_workspace_bytes(card))
         self.workspace_bytes = self.loaded.allocated - before
         #: What readings learn from each other.
-        self.known = Memory(self.loaded)
+        self.known = Known(self.loaded)
         self._scores = RealScores(model.get_output_embeddings().weight.shape[0])  # type: ignore[operator]
         self.weights.append(self._scores.scores)
 

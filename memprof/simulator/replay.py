@@ -13,7 +13,7 @@ import numpy.typing as npt
 
 from memprof.records import PARTS, Holder
 from memprof.simulator.allocator import SMALL_LIMIT, AllocatorSettings, CachingAllocator
-from memprof.simulator.small_pool import Memory
+from memprof.simulator.small_pool import Known
 from memprof.simulator.trace import Trace
 
 #: How many of the largest tensors at the peak a record keeps.
@@ -142,7 +142,7 @@ def read_spans(trace: Trace, spans: Sequence[tuple[int, int]], top: int, roundin
 
 
 def read_cuda(
-    trace: Trace, start: CachingAllocator, line: Timeline | None = None, known: Memory | None = None
+    trace: Trace, start: CachingAllocator, line: Timeline | None = None, known: Known | None = None
 ) -> Reading:
     """Read ``trace`` as the caching allocator would have served it, beginning from the state ``start`` (left as it is).
 
@@ -151,7 +151,7 @@ def read_cuda(
     began from the same state, where the caller has them.
     """
     line = line or Timeline(trace)
-    known = known or Memory(start)
+    known = known or Known(start)
     wants = start.settings.round_sizes(trace.nbytes)
     by_pool = _serve_by_pool(line, wants, start, known)
     if by_pool is not None:
@@ -167,9 +167,7 @@ def read_cuda(
     return reading
 
 
-def _serve_by_pool(
-    line: Timeline, wants: Ints, start: CachingAllocator, known: Memory
-) -> tuple[Ints, list[int]] | None:
+def _serve_by_pool(line: Timeline, wants: Ints, start: CachingAllocator, known: Known) -> tuple[Ints, list[int]] | None:
     """Bytes of the block each slot gets, and the highest reserved bytes of each token.
 
     Until the driver refuses, the small and the large pool do not know of each other, so each is served alone; None
@@ -190,7 +188,7 @@ def _serve_by_pool(
     return granted, reserved
 
 
-def _small_growth(small: Share, wants: Ints, known: Memory) -> list[int]:
+def _small_growth(small: Share, wants: Ints, known: Known) -> list[int]:
     """Bytes by which the small pool has grown at the end of each token.
 
     The rest of a small block is always split off, so blocks are as large as what was asked for, and only the number

@@ -85,7 +85,7 @@ def serve(pool: Pool, order: Sequence[int], wants: Sequence[int]) -> Pool:
     return tuple(gaps), tuple(edge for block in live.values() for edge in block), segments
 
 
-class Memory:
+class Known:
     """What readings that begin from one state learn from each other: how pieces left the small pool.
 
     Pools are known by number; number 0 is the one they begin from.

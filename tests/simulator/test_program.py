@@ -7,7 +7,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from memprof.simulator.program import FOLDED_TOKENS, Irregular, Passage, Program, Reach, Recording, Span, fold
+from memprof.simulator.program import FOLDED_TOKENS, Irregular, Passage, Program, Recording, fold
+from memprof.simulator.reach import Reach, Span
 from memprof.simulator.trace import Trace
 
 

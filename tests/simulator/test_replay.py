@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from memprof.records import PARTS
 from memprof.simulator.allocator import AllocatorSettings, CachingAllocator
 from memprof.simulator.replay import Timeline, read_cuda, read_plain, read_spans
-from memprof.simulator.small_pool import Memory
+from memprof.simulator.small_pool import Known
 from memprof.simulator.trace import Trace
 from memprof.units import MIB
 
@@ -58,7 +58,7 @@ def test_however_it_is_cut_and_whatever_is_remembered(seed: int, cuts: int, most
     start, draw = CachingAllocator(), random.Random(seed)
     for size in (3 * MIB, 700, 900_000, 600_000, 512):
         start.malloc(size)
-    memory = Memory(start)
+    memory = Known(start)
     memory.MOST = most
     first = a_trace(seed, 4, 600_000)
     line = Timeline(first, [draw.randint(0, len(first.events)) for _ in range(cuts)])
@@ -82,7 +82,7 @@ def test_a_layer_that_comes_again_is_served_once() -> None:
             joints.append(len(trace.events))
         trace.death(held.pop())
         trace.mark()
-    memory = Memory(CachingAllocator())
+    memory = Known(CachingAllocator())
     reading = read_cuda(trace, CachingAllocator(), Timeline(trace, joints), memory)
     assert reading.reserved_bytes == [2 * MIB] * 8
     assert len(memory._after) < 20
