@@ -21,41 +21,44 @@ from typing import Any
 import torch
 from torch import nn
 
-from memprof import runner
-from memprof.families import Card, Family, PromptShape, find_model
-from memprof.families._build import build_model
+from memprof.bench import Bench
+from memprof.bench.generate import place, profile_prompt
+from memprof.families import Family, Model
 from memprof.meters import meter_for, weights_of
+from memprof.models.build import build_model
+from memprof.models.find import find
+from memprof.models.weightless import RealScores
+from memprof.prompts import Prompt, Shape
 from memprof.pruning import build_pruner
 from memprof.records import RunSpec
-from memprof.simulator.weightless import RealScores
+from memprof.runner import complete_spec
 
 RESULTS = Path(__file__).parent / "results"
 MIB = 2**20
 
 
-def small_card(card: Card) -> Card:
+def small_card(card: Model) -> Model:
     """InternVL2-2B, narrow and shallow: about 30 million parameters."""
-    return dataclasses.replace(
-        card,
-        name="internvl-small",
-        text={**card.text, "hidden_size": 512, "intermediate_size": 2048, "num_hidden_layers": 6,
+    small = card.but(
+        text={"hidden_size": 512, "intermediate_size": 2048, "num_hidden_layers": 6,
               "num_attention_heads": 8, "num_key_value_heads": 4, "vocab_size": 20_000,
               "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0},
-        vision={**card.vision, "hidden_size": 256, "num_hidden_layers": 4, "num_attention_heads": 4,
+        vision={"hidden_size": 256, "num_hidden_layers": 4, "num_attention_heads": 4,
                 "intermediate_size": 1024},
-        extra={**card.extra, "image_token_id": 19_000},
+        image_token_id=19_000,
     )  # fmt: skip
+    return dataclasses.replace(small, name="internvl-small")
 
 
-def generate(model: Any, prompt: runner.Prompt, tokens: int, inside: AbstractContextManager[Any]) -> None:
+def generate(model: Any, prompt: Prompt, tokens: int, inside: AbstractContextManager[Any]) -> None:
     """The one ``generate()`` everybody is asked about."""
     fake = type(next(model.parameters())) is not nn.Parameter
     scores = [RealScores(model.get_output_embeddings().weight.shape[0])] if fake else []
     with inside:
-        model.generate(**runner.place(prompt, model), max_new_tokens=tokens, do_sample=False, logits_processor=scores)
+        model.generate(**place(prompt, model), max_new_tokens=tokens, do_sample=False, logits_processor=scores)
 
 
-def by_profiler(model: Any, prompt: runner.Prompt, tokens: int) -> int:
+def by_profiler(model: Any, prompt: Prompt, tokens: int) -> int:
     """Highest sum of the allocations and frees that ``torch.profiler`` saw, in bytes above the weights."""
     profiler = torch.profiler.profile(profile_memory=True, activities=[torch.profiler.ProfilerActivity.CPU])
     generate(model, prompt, tokens, profiler)
@@ -67,7 +70,7 @@ def by_profiler(model: Any, prompt: runner.Prompt, tokens: int) -> int:
     return peak
 
 
-def by_tracker(model: Any, prompt: runner.Prompt) -> int:
+def by_tracker(model: Any, prompt: Prompt) -> int:
     """Peak of torch's MemTracker less the weights it was told of, in bytes.
 
     It refuses a module that runs twice (``MemTracker does not support memory tracking for multiple iterative calls``),
@@ -82,19 +85,17 @@ def by_tracker(model: Any, prompt: runner.Prompt) -> int:
     return int(peak["Total"] - peak["Parameter"] - peak["Buffer"])
 
 
-def by_formula(card: Card, shape: PromptShape, tokens: int) -> int:
+def by_formula(card: Model, shape: Shape, tokens: int) -> int:
     """Keys and values of every token at 2 bytes: what "weights + KV cache" calculators add to the weights."""
-    text = card.text
-    head = text["hidden_size"] // text["num_attention_heads"]
-    return int(2 * 2 * text["num_hidden_layers"] * text["num_key_value_heads"] * head * (shape.length + tokens))
+    return 2 * 2 * card.layers * card.kv_numbers * (shape.length + tokens)
 
 
-def by_memprof(model: Any, prompt: runner.Prompt, tokens: int) -> int:
+def by_memprof(model: Any, prompt: Prompt, tokens: int) -> int:
     """The dynamic peak that memprof itself says."""
-    outcome = runner.profile_prompt(
+    outcome = profile_prompt(
         model, meter_for(model), build_pruner("baseline"), "current", prompt, new_tokens=tokens
     )
-    return int(outcome.memory["dynamic_peak_bytes"])
+    return outcome.memory.fullest.dynamic_peak_bytes
 
 
 def asked(name: str, kind: str, ask: Callable[[], int]) -> dict[str, Any]:
@@ -111,12 +112,12 @@ def asked(name: str, kind: str, ask: Callable[[], int]) -> dict[str, Any]:
     return row
 
 
-def small(family: Family, card: Card) -> dict[str, Any]:
+def small(family: Family, card: Model) -> dict[str, Any]:
     """A run that really happens."""
     tokens, shape = 4, family.shape(card, 900, 450, 40, 6)
-    model = build_model(family, card, device="cpu", dtype="bfloat16")
-    weightless = build_model(family, card, device="sim", dtype="bfloat16")
-    prompt = runner.make_prompt(family, card, shape)
+    model = build_model(card, device="cpu", dtype="bfloat16")
+    weightless = build_model(card, device="sim", dtype="bfloat16")
+    prompt = card.family.drawn(card, shape)
     generate(model, prompt, 1, nullcontext())
     start = time.perf_counter()
     generate(model, prompt, tokens, nullcontext())
@@ -136,16 +137,17 @@ def small(family: Family, card: Card) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def full(family: Family, card: Card) -> dict[str, Any]:
+def full(family: Family, card: Model) -> dict[str, Any]:
     """A run that needs a card, asked about without one."""
     tokens, shape = 16, family.shape(card, 1600, 1200, 53, None)
-    model = build_model(family, card, device="sim", dtype="bfloat16")
-    prompt = runner.make_prompt(family, card, shape)
+    model = build_model(card, device="sim", dtype="bfloat16")
+    prompt = card.family.drawn(card, shape)
     spec = RunSpec(model=card.name, method="baseline", task="ai2d", device="sim")
-    bench, pruner = runner.Bench(spec), build_pruner("baseline")
-    bench.ready(spec)
+    done = complete_spec(spec)
+    bench = Bench(done.setup)
+    bench.ready()
     shapes = [family.shape(card, w, 448, text, None) for w in (448, 1300, 2700) for text in (20, 53, 80)]
-    bench.foresee(spec, pruner, [*shapes, shape])
+    bench.foresee(map(done.ask, [*shapes, shape]))
     return {
         "model": card.name, "tiles": shape.tiles, "prompt_tokens": shape.length, "new_tokens": tokens,
         "weights_bytes": sum(t.untyped_storage().nbytes() for _, t in weights_of(model)), "generate_seconds": None,
@@ -156,7 +158,7 @@ def full(family: Family, card: Card) -> dict[str, Any]:
             asked("weights + KV formula", "formula", lambda: by_formula(card, shape, tokens)),
             asked("memprof, traced", "predicted for CUDA", lambda: by_memprof(model, prompt, tokens)),
             asked("memprof, from its program", "predicted for CUDA",
-                  lambda: int(bench.outcome(spec, pruner, shape, 0).memory["dynamic_peak_bytes"])),
+                  lambda: bench.outcome(done.ask(shape)).memory.fullest.dynamic_peak_bytes),
         ],
     }  # fmt: skip
 
@@ -189,7 +191,8 @@ def main() -> None:
     """Ask everybody, and write down what they say."""
     os.environ["MEMPROF_CACHE"] = ""
     torch.manual_seed(0)
-    family, card = find_model("internvl2-2b")
+    card = find("internvl2-2b")
+    family = card.family
     runs = [small(family, small_card(card)), full(family, card)]
     results = {"torch": torch.__version__, "threads": torch.get_num_threads(), "runs": runs}
     RESULTS.mkdir(exist_ok=True)

@@ -20,10 +20,12 @@ import time
 from pathlib import Path
 from typing import Any
 
-from memprof.families import PromptShape
+from memprof.bench import Bench
+from memprof.forecasts import Setup
+from memprof.prompts import Shape
 from memprof.pruning import METHODS
 from memprof.records import STACKS, RunSpec
-from memprof.runner import Bench, complete_spec
+from memprof.runner import Complete, complete_spec
 
 RESULTS = Path(__file__).parent / "results"
 #: Forms of a method that run other operators than its default.
@@ -32,42 +34,47 @@ FORMS = ("fastv:drop=mask", "topv:layer=1,keep=0.3", "topv:recover=4", "topv:sco
 ASKED, TOKENS = 40, 7
 
 
-def shapes_of(bench: Bench, count: int, seed: int) -> list[PromptShape]:
+def shapes_of(bench: Bench, count: int, seed: int) -> list[Shape]:
     """Sizes of prompts in AI2D's range of image sizes and question lengths."""
-    draw = random.Random(seed)
+    draw, model = random.Random(seed), bench.model
     return [
-        bench.family.shape(bench.card, draw.randint(240, 1500), draw.randint(156, 1080), draw.randint(20, 100), None)
+        model.family.shape(model, draw.randint(240, 1500), draw.randint(156, 1080), draw.randint(20, 100))
         for _ in range(count)
     ]
 
 
 def bench_of(spec: RunSpec, layers: int | None) -> Bench:
     """A bench for ``spec``, its towers cut to ``layers`` each: an order of events that holds for 8 holds for 24."""
-    bench = Bench(complete_spec(spec)[0])
-    if layers is not None:
-        text, vision = ({**part, "num_hidden_layers": layers} for part in (bench.card.text, bench.card.vision))
-        bench.card = dataclasses.replace(bench.card, text=text, vision=vision)
-    return bench
+    return Bench(setup_of(complete_spec(spec), layers))
+
+
+def setup_of(done: Complete, layers: int | None) -> Setup:
+    """Its set-up, with the towers cut."""
+    if layers is None:
+        return done.setup
+    cut = {"num_hidden_layers": layers}
+    return dataclasses.replace(done.setup, model=done.setup.model.but(text=cut, vision=cut))
 
 
 def check(bench: Bench, asked: RunSpec, shapes: int) -> dict[str, Any]:
     """Hold ``shapes`` shapes of one method and stack against direct traces."""
-    spec, pruner, _ = complete_spec(asked)
-    model, meter = bench.ready(spec)
-    wanted = shapes_of(bench, ASKED, 0)
+    done = complete_spec(asked)
+    bench.set_up(setup_of(done, bench.model.layers if bench.model.layers != done.setup.model.layers else None)).ready()
+    wanted = [done.ask(shape, seed=0) for shape in shapes_of(bench, ASKED, 0)]
     began = time.perf_counter()
-    bench.foresee(spec, pruner, wanted)
+    bench.foresee(wanted)
     recorded = time.perf_counter() - began
     counts = {"equal": 0, "unequal": 0, "traced directly": 0}
-    for shape in random.Random(1).sample(wanted, shapes):
-        said = bench._predict(spec, pruner, shape)
+    for ask in random.Random(1).sample(wanted, shapes):
+        said = bench._predict(ask)
         if said is None:
             counts["traced directly"] += 1
             continue
-        direct = bench._profile(model, meter, pruner, spec.stack, shape, spec.max_new_tokens, 0)
-        counts["equal" if said == direct else "unequal"] += 1
-    depth = int(bench.card.text["num_hidden_layers"])
-    about = {"model": spec.model, "layers": depth, "method": asked.method, "stack": spec.stack, "tokens": TOKENS}
+        counts["equal" if said == bench.profile(ask) else "unequal"] += 1
+    about = {
+        "model": done.spec.model, "layers": bench.model.layers, "method": asked.method, "stack": done.spec.stack,
+        "tokens": TOKENS,
+    }  # fmt: skip
     return {**about, "record_seconds": round(recorded, 1), **counts}
 
 

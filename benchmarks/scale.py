@@ -1,8 +1,9 @@
 """How long a prediction takes: it grows with the number of distinct shapes, not with samples or the size of the model.
 
 Each point is a process of its own that runs ``memprof.runner.run`` with an empty cache of programs: imports, building
-the model, recording, evaluating, and one flushed line a sample are all in the time; seconds of CPU and bytes are those
-of the process and of its copies together (pages they share count once). Written to ``benchmarks/results``::
+the model and recording (where its programs do not ship), evaluating, and one flushed line a sample are all in the time;
+seconds of CPU and bytes are those of the process and of its copies together (pages they share count once). Written
+to ``benchmarks/results``::
 
     python benchmarks/scale.py            # all points, then the figure
     python benchmarks/scale.py --headline # 3,088 samples x three methods x 16 tokens alone
@@ -36,13 +37,15 @@ MODELS = ("internvl2-2b", "internvl2-8b", "llava-1.5-13b", "internvl2-26b", "int
 def shapes_file(path: Path, samples: int, distinct: int) -> None:
     """``samples`` rows of exactly ``distinct`` shapes: image sizes in AI2D's range, 20 to 100 tokens of question."""
     draw, seen = random.Random(0), dict[tuple[int, int], tuple[int, int, int]]()
-    from memprof.families import find_model
+    from memprof.models.find import find
 
-    family, card = find_model("internvl2-2b")
+    card = find("internvl2-2b")
+
+    family = card.family
     while len(seen) < distinct:
         row = draw.randint(240, 1500), draw.randint(156, 1080), draw.randint(20, 100)
         shape = family.shape(card, *row, None)
-        seen.setdefault((shape.tiles, shape.after), row)
+        seen.setdefault((shape.tiles, shape.text[-1]), row)
     rows = list(seen.values())
     lines = [",".join(map(str, rows[i % len(rows)])) for i in range(samples)]
     path.write_text("width,height,text_tokens\n" + "\n".join(lines) + "\n", encoding="utf-8")
@@ -51,17 +54,18 @@ def shapes_file(path: Path, samples: int, distinct: int) -> None:
 def child(model: str, data: str, output: str) -> None:
     """Run the three methods and print what it took."""
     start = time.perf_counter()
-    from memprof.families import find_model
+    from memprof.bench import Bench
+    from memprof.models.find import find
     from memprof.records import RunSpec
-    from memprof.runner import Bench, run
+    from memprof.runner import complete_spec, run
 
     imported = time.perf_counter()
     took, bench, done = {}, None, 0
     for method in METHODS:
         began = time.perf_counter()
         spec = RunSpec(model=model, method=method, task="ai2d", device="sim", data=data, max_new_tokens=TOKENS,
-                       dtype=find_model(model)[1].dtype)  # fmt: skip
-        bench = bench or Bench(spec)
+                       dtype=find(model).dtype)  # fmt: skip
+        bench = bench or Bench(complete_spec(spec).setup)
         done += len(run(spec, Path(output) / method, bench=bench).finished)
         took[method] = time.perf_counter() - began
     usage = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
@@ -114,8 +118,8 @@ def draw(results: dict[str, Any]) -> None:
     """Three panels: seconds of CPU against samples, distinct shapes, and parameters."""
     from matplotlib.figure import Figure
 
-    from memprof.figures.palette import method_colour
     from memprof.figures.style import Look
+    from memprof.telling.palette import method_colour
 
     look = Look.of("paper", "double")
     with look.settings():
@@ -140,7 +144,8 @@ def draw(results: dict[str, Any]) -> None:
         axes[0].set_ylabel("seconds of CPU, 3 methods")
         axes[0].set_ylim(0, 1.1 * max(p["cpu_seconds"] for key, _ in panels for p in results["by_" + key]))
         figure.suptitle(
-            f"Predicting {TOKENS} tokens under three methods, nothing cached: cost follows distinct shapes", fontsize=8
+            f"{TOKENS} tokens under three methods, an empty cache; 26b and 76b do not ship and are recorded first",
+            fontsize=8,
         )
         for suffix in ("png", "pdf"):
             figure.savefig(RESULTS / f"scale.{suffix}", dpi=look.dpi, metadata={"CreationDate": None} if suffix == "pdf"

@@ -21,11 +21,11 @@ from typing import Any
 import torch
 
 from memprof.anatomy import anatomy
-from memprof.families import find_model
-from memprof.families._build import build_model
+from memprof.bench.generate import place
+from memprof.models.build import build_model
+from memprof.models.find import find
 from memprof.pruning import build_pruner
 from memprof.pruning.surgery import Surgery
-from memprof.runner import make_prompt, place
 
 #: Width and height of an image that InternVL cuts into so many tiles, thumbnail included.
 SIZES = {1: (448, 448), 3: (896, 448), 7: (1344, 896), 13: (1792, 1344)}
@@ -43,14 +43,14 @@ def main() -> int:
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
 
-    family, card = find_model("internvl2-2b")
+    card = find("internvl2-2b")
+
+    family = card.family
     depth, tower_depth = (int(part["num_hidden_layers"]) for part in (card.text, card.vision))
     pruner: Any = build_pruner(args.method)
     few = pruner.layer + 1
-    small = dataclasses.replace(
-        card, text={**card.text, "num_hidden_layers": few}, vision={**card.vision, "num_hidden_layers": 1}
-    )
-    model: Any = build_model(family, small, device="cpu", dtype=args.dtype)
+    small = card.but(text={"num_hidden_layers": few}, vision={"num_hidden_layers": 1})
+    model: Any = build_model(small, device="cpu", dtype=args.dtype)
     watch = Watch(pruner)
     layers = [layer for _, layer in anatomy(model).layers]
     watch.time("before", layers[0])
@@ -61,12 +61,12 @@ def main() -> int:
     print("tiles visual vision layer before cut behind cut   prefill   select  share")
     worst = 0.0
     for tiles in args.tiles:
-        prompt = make_prompt(family, small, family.shape(small, *SIZES[tiles], 50, 12))
+        prompt = small.family.drawn(small, family.shape(small, *SIZES[tiles], 50, 12))
         assert prompt.shape.tiles == tiles
         for repeat in range(args.repeats + 1):
             if repeat == 1:
                 watch.seconds.clear()  # the first one warmed up
-            with Surgery(model, watch.pruner, prompt.layout), torch.no_grad():
+            with Surgery(model, watch.pruner, prompt.places), torch.no_grad():
                 model(**place(prompt, model), logits_to_keep=1)
         ms = {name: 1e3 * min(times) for name, times in watch.seconds.items()}
         prefill = (

@@ -4,17 +4,27 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-if TYPE_CHECKING:
-    from memprof.profiler import Profiler
+from memprof.version import VERSION as __version__
 
-__version__ = "0.1.0"
-__all__ = ["Profiler", "__version__"]
+if TYPE_CHECKING:
+    from memprof.api import Profile, Profiler, fits, predict, profile, prune, read, run, spec, weightless
+
+__all__ = [
+    "Profile", "Profiler", "__version__", "fits", "predict", "profile", "prune", "read", "run", "spec", "weightless",
+]  # fmt: skip
 
 
 def __getattr__(name: str) -> Any:
-    """Import the profiler when first asked for, so that ``memprof --help`` loads no torch."""
-    if name == "Profiler":
-        from memprof.profiler import Profiler
+    """Import what is offered when it is first asked for, so that ``memprof --help`` loads no torch."""
+    if name in __all__:
+        from memprof import api
 
-        return Profiler
+        return getattr(api, name)
     raise AttributeError(f"module 'memprof' has no attribute {name!r}")
+
+
+def load_ipython_extension(ipython: Any) -> None:
+    """``%load_ext memprof``: gives a notebook ``%%memprof``."""
+    from memprof.notebook import load
+
+    load(ipython)

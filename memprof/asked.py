@@ -22,13 +22,14 @@ class Grid:
     Attributes:
         columns, rows: Tiles the picture was cut into, thumbnail excluded.
         thumbnail: Whether the whole picture follows once more, as a tile of its own.
-        side: Visual tokens along one edge of a tile.
+        across, down: Visual tokens along a tile's upper and left edge.
     """
 
     columns: int
     rows: int
     thumbnail: bool
-    side: int
+    across: int
+    down: int
 
     @property
     def tiles(self) -> int:
@@ -38,7 +39,7 @@ class Grid:
     @property
     def tokens(self) -> int:
         """All visual tokens."""
-        return self.tiles * self.side**2
+        return self.tiles * self.across * self.down
 
 
 @dataclass(frozen=True)
@@ -47,8 +48,8 @@ class Cut:
 
     Attributes:
         layer: Decoder layers that ran before it; 0 where it came before the language model.
-        kept: Visual tokens that it left.
-        tokens: Which, by number, rising; None where nothing was chosen because nothing ran.
+        kept: Visual tokens that it left, merged ones included.
+        tokens: Which of the prompt's own, by number, rising; None where nothing was chosen because nothing ran.
     """
 
     layer: int
@@ -102,8 +103,9 @@ class Asked:
         image: Name of the picture's file.
         picture: The picture in RGB, upright.
         model, weights: What answered: the model's title, and whose weights ran.
-        grid: How the picture lies in visual tokens.
-        tiles: The picture as the model was given it, ``(tiles, size, size, 3)`` uint8; None where nothing ran.
+        grid: How the picture lies in visual tokens; None where they are no grid: tiles are joined, padding is cut away.
+        tiles: The picture as the model was given it, ``(tiles, height, width, 3)`` uint8; None where nothing ran or
+            there is no grid.
         answers: A method each, in the order asked for, but Baseline first.
         notes: What a reader must know.
     """
@@ -113,7 +115,7 @@ class Asked:
     picture: Image
     model: str
     weights: str
-    grid: Grid
+    grid: Grid | None
     tiles: npt.NDArray[np.uint8] | None
     answers: list[Answer]
     notes: list[str]

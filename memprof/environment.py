@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import platform
 import subprocess
@@ -10,7 +11,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from memprof import __version__
+from memprof.version import VERSION
 
 #: Packages whose version can move a byte.
 PACKAGES = ("torch", "transformers", "numpy", "pillow", "nvidia-ml-py")
@@ -37,6 +38,8 @@ def package_version(name: str) -> str | None:
 def git_commit() -> str | None:
     """Commit of the checkout memprof runs from, with ``+`` if files are changed; None outside a checkout."""
     folder = Path(__file__).parent
+    if not (folder.parent / "pyproject.toml").is_file():  # installed: a repository around it would be somebody else's
+        return None
     try:
         commit = subprocess.run(
             ["git", "describe", "--always", "--dirty=+", "--abbrev=12"],
@@ -50,13 +53,29 @@ def git_commit() -> str | None:
 def environment() -> dict[str, Any]:
     """Versions, host and allocator settings, as they go into ``run.json``."""
     return {
-        "memprof": __version__,
+        "memprof": VERSION,
         "git_commit": git_commit(),
         "python": platform.python_version(),
         "platform": f"{platform.system()} {platform.machine()}",
         "packages": {name: found for name in PACKAGES if (found := package_version(name))},
         "allocator_settings": {name: os.environ[name] for name in ALLOCATOR_SETTINGS if name in os.environ},
     }
+
+
+def may_have_cuda() -> bool:
+    """Whether torch could have a card here; False is certain, and found without loading it.
+
+    CUDA is reached through the driver's library, which torch loads by the same name, or on AMD cards through a device
+    of the kernel's. ``CUDA_VISIBLE_DEVICES`` that names none, or begins with what is no card, hides all of them.
+    """
+    shown = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if shown is not None and shown.strip().partition(",")[0].strip() in ("", "-1"):
+        return False
+    try:
+        ctypes.CDLL("libcuda.so.1")
+    except OSError:
+        return os.path.exists("/dev/kfd")
+    return True
 
 
 def rank_shard() -> tuple[str, str] | None:

@@ -8,6 +8,7 @@ The tree::
     │   ├── BadValue        2  a value outside its range
     │   └── RunExists       2  a run folder is already there
     ├── DataError           1  a file or data set cannot be read
+    │   └── BadRow          1  a row of it is no sample
     ├── WeightsError        1  a checkpoint is missing, truncated or foreign
     ├── DeviceUnavailable   1  the device asked for is not on this machine
     ├── GateFailed          3  an audit or validation gate did not hold
@@ -56,6 +57,14 @@ class RunExists(UsageError):
 
 class DataError(MemprofError):
     """A data file or data set cannot be read."""
+
+
+class BadRow(DataError):
+    """A row of data is no sample; ``id`` is what it is called there."""
+
+    def __init__(self, message: str, name: str) -> None:
+        super().__init__(message)
+        self.id = name
 
 
 class WeightsError(MemprofError):

@@ -2,6 +2,9 @@
 
 Where the system cannot copy a process, or ended a copy, the work is done in this one. What ``work`` changes stays in
 the copies; answers, and what is raised, are pickled.
+
+Copies end with the process they are copies of, however it dies: each waits for the closing of a pipe whose other end
+nobody else has.
 """
 
 from __future__ import annotations
@@ -11,12 +14,15 @@ import multiprocessing
 import os
 import signal
 import sys
+import threading
 import warnings
 from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import suppress
 from typing import Any, Self, TypeVar
+
+from memprof import alone
 
 #: Most processes that work side by side: each may come to hold as much as the one it is a copy of.
 MOST = 8
@@ -69,18 +75,26 @@ class _Copies:
     def __init__(self, count: int, work: Callable[[Any], Any]) -> None:
         self.work = work
         self.pool: ProcessPoolExecutor | None = None
+        self._theirs, ours = os.pipe()
+        self._lifeline = alone.keep(ours)
         with suppress(ImportError, NotImplementedError, OSError):  # a system without semaphores
             fork = multiprocessing.get_context("fork")
-            self.pool = ProcessPoolExecutor(count, fork, initializer=_begin, initargs=(work,))
+            self.pool = ProcessPoolExecutor(count, fork, initializer=_begin, initargs=(work, self._theirs))
 
     def __enter__(self) -> Self:
         gc.collect()
         gc.freeze()  # a copy that collects garbage would write to, and so duplicate, everything there is
         return self
 
-    def __exit__(self, *_: object) -> None:
-        if self.pool is not None:
-            self.pool.shutdown(cancel_futures=True)
+    def __exit__(self, kind: object, *_: object) -> None:
+        if kind is not None:  # nobody waits for what the copies are at
+            alone.close(self._lifeline)
+        try:
+            if self.pool is not None:
+                self.pool.shutdown(cancel_futures=True)
+        finally:
+            alone.close(self._lifeline)
+            os.close(self._theirs)
 
     def give(self, items: Sequence[Any]) -> Future[list[Any]] | None:
         """Have a copy work on ``items``; the copies are made at the first call. None where there are none."""
@@ -105,25 +119,32 @@ def _cores() -> int:
 
 def _may_fork() -> bool:
     """Elsewhere than on Linux system libraries do not bear it, nor does CUDA; and a daemon may have no children."""
-    import torch
-
-    daemon = multiprocessing.current_process().daemon
-    return sys.platform.startswith("linux") and not daemon and not torch.cuda.is_initialized()  # type: ignore[no-untyped-call]
+    torch: Any = sys.modules.get("torch")  # where nobody has loaded it, nobody has begun with CUDA
+    busy = multiprocessing.current_process().daemon or (torch is not None and torch.cuda.is_initialized())
+    return sys.platform.startswith("linux") and not busy
 
 
 _work: Callable[[Any], Any]
 
 
-def _begin(work: Callable[[Any], Any]) -> None:
+def _begin(work: Callable[[Any], Any], lifeline: int) -> None:
     """In a copy: the other threads are gone, maybe with a stream's lock in hand, and the keyboard is the parent's."""
-    import torch
-
+    threading.Thread(target=_end_with_parent, args=(lifeline,), daemon=True).start()
     global _work
     _work = work
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
     sys.stdout = sys.stderr = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115 - for as long as the copy lives
-    torch.set_num_threads(1)
+    if (torch := sys.modules.get("torch")) is not None:
+        torch.set_num_threads(1)
 
 
 def _do(items: Sequence[Any]) -> list[Any]:
     return [_work(item) for item in items]
+
+
+def _end_with_parent(lifeline: int) -> None:
+    """Wait until nobody can write to the pipe any more: the parent is gone, or wants no more answers."""
+    with suppress(OSError):
+        os.read(lifeline, 1)
+    os._exit(1)

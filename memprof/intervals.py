@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from memprof.errors import UsageError
+from memprof.errors import MemprofError, UsageError
 
 
 @dataclass(frozen=True)
@@ -32,10 +32,13 @@ def bootstrap(values: Iterable[float], *, draws: int = 2000, level: float = 0.95
 
     Raises:
         UsageError: No values.
+        MemprofError: One is NaN or infinite.
     """
     found = np.asarray(list(values), dtype=np.float64)
     if not len(found):
         raise UsageError("an interval needs at least one value")
+    if not np.isfinite(found).all():
+        raise MemprofError("a mean over samples was asked of a number that is none (NaN or infinite)")
     rng = np.random.default_rng(seed)
     # A hundred draws at a time: all of them, of a whole data set, would be hundreds of megabytes.
     means = np.concatenate(

@@ -1,4 +1,4 @@
-"""A folder is a registry: one file adds one method, family, task or meter.
+"""A folder is a registry: one file adds one method, family, task or meter; another package does by an entry point.
 
 A plug-in is the one class in its file that derives from the registry's base. Its name is the file's name with ``-`` for
 ``_``. A dataclass plug-in's fields are its settings, and a *spec string* such as ``topv:keep=0.5,layer=2`` names the
@@ -13,6 +13,8 @@ import math
 import pkgutil
 import typing
 from collections.abc import Iterator
+from functools import cache
+from importlib.metadata import entry_points
 from typing import Any, Generic, TypeVar
 
 from memprof.errors import BadValue, UnknownName
@@ -101,6 +103,12 @@ def split_spec(spec: str) -> tuple[str, dict[str, str]]:
     return name.strip(), values
 
 
+@cache
+def _added(group: str) -> dict[str, str]:
+    """The module of each plug-in that another package adds, by name; finding them reads every package's list."""
+    return {found.name: found.module for found in entry_points(group=group)}
+
+
 class Registry(Generic[T]):
     """The plug-ins of one package, found by file name and imported only when asked for.
 
@@ -108,21 +116,35 @@ class Registry(Generic[T]):
         package: Dotted name of the folder, e.g. ``memprof.pruning.methods``.
         base: The class every plug-in derives from.
         kind: What to call one in messages, e.g. ``method``.
+        entry_points: The entry-point group by which other packages add plug-ins; each names a module with one.
     """
 
-    def __init__(self, package: str, base: type[T], kind: str) -> None:
-        self.package, self.base, self.kind = package, base, kind
+    def __init__(self, package: str, base: type[T], kind: str, entry_points: str | None = None) -> None:
+        self.package, self.base, self.kind, self.group = package, base, kind, entry_points
+
+    def _modules(self) -> dict[str, str]:
+        """The module of each plug-in, by name; memprof's own come before another's of the same name."""
+        path = importlib.import_module(self.package).__path__
+        own = [m.name for m in pkgutil.iter_modules(path) if not m.name.startswith("_")]
+        found = {} if self.group is None else _added(self.group)
+        return found | {name.replace("_", "-"): f"{self.package}.{name}" for name in own}
 
     def names(self) -> list[str]:
         """Every plug-in's name, sorted; imports none of them."""
-        path = importlib.import_module(self.package).__path__
-        return sorted(m.name.replace("_", "-") for m in pkgutil.iter_modules(path) if not m.name.startswith("_"))
+        return sorted(self._modules())
+
+    def name_of(self, plugin: type[T]) -> str:
+        """The name that a plug-in's class is registered by."""
+        own = plugin.__module__.removeprefix(f"{self.package}.")
+        there = {module: name for name, module in self._modules().items()}
+        return there.get(plugin.__module__, own.rpartition(".")[2].replace("_", "-"))
 
     def load(self, name: str) -> type[T]:
         """The plug-in class called ``name``; raises :class:`UnknownName` with the valid names."""
-        if name not in self.names():
-            raise UnknownName(self.kind, name, self.names())
-        module = importlib.import_module(f"{self.package}.{name.replace('-', '_')}")
+        modules = self._modules()
+        if name not in modules:
+            raise UnknownName(self.kind, name, modules)
+        module = importlib.import_module(modules[name])
         found = [
             c
             for c in vars(module).values()

@@ -6,10 +6,13 @@ included), entry t is the t-th decode step.
 
 from __future__ import annotations
 
-import dataclasses
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Literal, Self, get_args
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass, field, fields, replace
+from typing import TYPE_CHECKING, Any, Literal, get_args
+
+from memprof.plain import Plain
+from memprof.prompts import Shape
 
 if TYPE_CHECKING:
     from memprof.intervals import Interval
@@ -26,33 +29,12 @@ ATTENTIONS: tuple[str, ...] = ("sdpa", "eager")
 PARTS: tuple[str, ...] = (
     "kv_cache", "vision", "attention", "mlp", "logits", "pruner", "inputs", "other", "unexplained",
 )  # fmt: skip
-
-
-def _plain(value: Any) -> Any:
-    """``value`` with records as dicts; lists of numbers stay as they are, since copying each is most of the cost."""
-    if isinstance(value, _Record):
-        return value.to_json()
-    if isinstance(value, list) and value and isinstance(value[0], _Record):
-        return [item.to_json() for item in value]
-    return value
-
-
-class _Record:
-    """Shared by the records: to a JSON-ready dict and back, ignoring keys of later versions."""
-
-    def to_json(self) -> dict[str, Any]:
-        """This record as plain dicts and lists."""
-        return {name: _plain(value) for name, value in vars(self).items()}
-
-    @classmethod
-    def from_json(cls, data: Mapping[str, Any]) -> Self:
-        """The record in ``data``; unknown keys are ignored."""
-        known = {f.name for f in dataclasses.fields(cls)}  # type: ignore[arg-type]
-        return cls(**{k: v for k, v in data.items() if k in known})
+#: ``RunSpec.data`` and ``RunSpec.weights`` of a run that a program made with what it had: no command can make it again.
+GIVEN = "given"
 
 
 @dataclass
-class TokenColumns(_Record):
+class TokenColumns(Plain):
     """One entry a token in every list.
 
     Attributes:
@@ -74,10 +56,59 @@ class TokenColumns(_Record):
     def __len__(self) -> int:
         return len(self.peak_allocated_bytes)
 
+    def __post_init__(self) -> None:
+        """What a record says nothing of is not known, token by token."""
+        for name in ("device_used_bytes", "seconds"):
+            if not getattr(self, name) and len(self):
+                setattr(self, name, [None] * len(self))
+
+    def check(self) -> None:
+        """Raise ValueError where a column is shorter than another, or holds what cannot be."""
+        for name, column in vars(self).items():
+            if len(column) != len(self):
+                raise ValueError(f"tokens.{name} has {len(column)} entries, peak_allocated_bytes has {len(self)}")
+            if not all(n is None or 0 <= n < math.inf for n in column):
+                raise ValueError(f"tokens.{name} holds a number below 0, or none at all")
+
+
+@dataclass(frozen=True)
+class Token:
+    """One token of one sample: a row of :class:`TokenColumns`.
+
+    Attributes:
+        sample: Id of the sample.
+        token: Its number; 0 is prefill, the vision encoder included.
+        peak_allocated_bytes, allocated_bytes, reserved_bytes, kv_bytes, device_used_bytes: In bytes, as in
+            :class:`TokenColumns`.
+        seconds: Wall time in seconds, or None in a prediction.
+        parts: Dynamic bytes of each part at the token's own highest instant; parts that hold nothing are left out.
+    """
+
+    sample: str
+    token: int
+    peak_allocated_bytes: int
+    allocated_bytes: int
+    reserved_bytes: int
+    kv_bytes: int
+    device_used_bytes: int | None
+    seconds: float | None
+    parts: dict[str, int]
+
 
 @dataclass
-class Holder(_Record):
-    """One tensor alive at the instant of a peak."""
+class Holder(Plain):
+    """One tensor alive at the instant of a peak.
+
+    Attributes:
+        bytes: Of its storage: as asked for on the CPU, of its block on a card.
+        part: What it belongs to, one of :data:`PARTS`.
+        module: Path of the module that made it; empty outside any layer.
+        op: The operator that made it.
+        shape, dtype: Of the first tensor on the storage.
+        phase: ``vision``, ``prefill`` or ``decode``: when it was made.
+        line: The line of code that made it, the innermost that is not torch's, as
+            ``transformers/models/qwen2/modeling_qwen2.py:46``; empty where nobody noted it.
+    """
 
     bytes: int
     part: str
@@ -86,10 +117,59 @@ class Holder(_Record):
     shape: list[int]
     dtype: str
     phase: str
+    line: str = ""
 
 
 @dataclass
-class SampleRecord(_Record):
+class CardMemory(Plain):
+    """What one card held while a sample ran; the fields are those of :class:`SampleRecord`."""
+
+    tokens: TokenColumns
+    peak_token: int
+    peak_phase: str
+    vision_peak_bytes: int
+    peak_parts: dict[str, int]
+    token_parts: dict[str, list[int]]
+    peak_holders: list[Holder]
+    dynamic_peak_bytes: int
+
+    @property
+    def peak_allocated_bytes(self) -> int:
+        """Highest allocated bytes over all tokens."""
+        return max(self.tokens.peak_allocated_bytes, default=0)
+
+    @property
+    def peak_reserved_bytes(self) -> int:
+        """Highest reserved bytes over all tokens."""
+        return max(self.tokens.reserved_bytes, default=0)
+
+
+@dataclass
+class Memory(Plain):
+    """What one prompt took: on each card, one today, and in the cache, layer by layer.
+
+    Attributes:
+        cards: The cards, in the order the model lies on them.
+        kept_visual_tokens, kv_tokens_planned, kv_tokens_found, kv_bytes_per_layer: As in :class:`SampleRecord`.
+        refused: The allocation a card of the size asked for would have refused, in words, or None. Then the columns end
+            with the last token that was done before.
+    """
+
+    cards: list[CardMemory]
+    kept_visual_tokens: list[int]
+    kv_tokens_planned: list[int]
+    kv_tokens_found: list[int]
+    kv_bytes_per_layer: list[int]
+    refused: str | None = None
+
+    @property
+    def fullest(self) -> CardMemory:
+        """The card whose peak is highest; the first of equals."""
+        return max(self.cards, key=lambda card: card.peak_allocated_bytes)
+
+
+@dataclass
+class SampleRecord(Plain):
     """One finished (or failed) sample.
 
     Attributes:
@@ -115,6 +195,9 @@ class SampleRecord(_Record):
         peak_holders: The largest tensors alive at that instant.
         dynamic_peak_bytes: Highest allocated bytes minus the run's static bytes.
         fidelity: Agreement with the unpruned run on the same inputs, where weights are real.
+        shape: The prompt's sizes; None in records of earlier versions, which keep only their sums.
+        other_cards: What the other cards held, where the model lay on several; everything above is of the fullest.
+        caller: The file and line of a program that called ``generate()``, as ``demo.py:12``; None of a task's sample.
     """
 
     id: str
@@ -141,14 +224,51 @@ class SampleRecord(_Record):
     peak_holders: list[Holder] = field(default_factory=list)
     dynamic_peak_bytes: int = 0
     fidelity: dict[str, float] | None = None
+    shape: Shape | None = None
+    other_cards: list[CardMemory] = field(default_factory=list)
+    caller: str | None = None
 
-    @classmethod
-    def from_json(cls, data: Mapping[str, Any]) -> Self:
-        """The sample in ``data``, its nested records rebuilt."""
-        sample = super().from_json(data)
-        sample.tokens = TokenColumns.from_json(data.get("tokens", {}))
-        sample.peak_holders = [Holder.from_json(h) for h in data.get("peak_holders", [])]
-        return sample
+    def of_prompt(self, shape: Shape) -> SampleRecord:
+        """This record with the sizes of its prompt."""
+        return replace(
+            self, shape=shape, tiles=shape.tiles, visual_tokens=shape.visual_tokens, text_tokens=shape.text_tokens
+        )
+
+    def with_memory(self, memory: Memory) -> SampleRecord:
+        """This record with what its prompt took."""
+        fullest, cache = memory.fullest, {k: v for k, v in vars(memory).items() if k not in ("cards", "refused")}
+        others = [card for card in memory.cards if card is not fullest]
+        return replace(self, **cache, **vars(fullest), other_cards=others)
+
+    @property
+    def memory(self) -> Memory:
+        """What its prompt took, the fullest card first."""
+        own = {f.name: getattr(self, f.name) for f in fields(CardMemory)}
+        cache = {f.name: getattr(self, f.name) for f in fields(Memory) if f.name not in ("cards", "refused")}
+        refused = self.error if self.status == "oom" else None
+        return Memory([CardMemory(**own), *self.other_cards], **cache, refused=refused)
+
+    def rows(self) -> list[Token]:
+        """One :class:`Token` for each that was made; what a column of an earlier version lacks is None."""
+        columns, found = vars(self.tokens), list[Token]()
+        for number in range(len(self.tokens)):
+            row: dict[str, Any] = {name: column[number] if column else None for name, column in columns.items()}
+            parts = {part: held[number] for part, held in self.token_parts.items() if held[number]}
+            found.append(Token(self.id, number, **row, parts=parts))
+        return found
+
+    def check(self) -> None:
+        """Raise ValueError where a number is none that can be: a time that is NaN, bytes below 0, a score above 1."""
+        self.tokens.check()
+        for card in self.other_cards:
+            card.tokens.check()
+        for part, held in self.token_parts.items():
+            if len(held) != len(self.tokens):
+                raise ValueError(f"token_parts.{part} has {len(held)} entries for {len(self.tokens)} tokens")
+        if self.score is not None and not 0 <= self.score <= 1:
+            raise ValueError(f"the score is {self.score}, and not between 0 and 1")
+        if not all(map(math.isfinite, (self.fidelity or {}).values())):
+            raise ValueError("a measure of fidelity is no number")
 
     @property
     def ok(self) -> bool:
@@ -172,12 +292,15 @@ class SampleRecord(_Record):
 
 
 @dataclass
-class RunSpec(_Record):
+class RunSpec(Plain):
     """What was asked for: two runs with equal specs are the same experiment.
 
     ``method`` is a canonical spec string; ``data`` is ``bundled``, ``hub`` or a path; ``weights`` is ``random``,
-    ``hub`` or a path; ``max_tiles`` is None for the model's own; ``fidelity`` is whether samples are compared with the
-    unpruned run.
+    ``hub`` or a path; both are ``given`` where a program brought its own prompts and model, and then ``max_new_tokens``
+    are the most that a call made; ``max_tiles`` is None for the model's own; ``text_tokens`` is the length of every
+    question where it was given, None for each sample's own; ``images`` is how many pictures every prompt shows, its
+    sample's in turn, and ``batch`` how many like it run side by side, None for as the data say; ``fidelity`` is whether
+    samples are compared with the unpruned run.
     """
 
     model: str
@@ -197,10 +320,13 @@ class RunSpec(_Record):
     seed: int = 0
     gpu: str | None = None
     fidelity: bool = False
+    text_tokens: int | None = None
+    images: int | None = None
+    batch: int | None = None
 
 
 @dataclass
-class RunRecord(_Record):
+class RunRecord(Plain):
     """``run.json``: the experiment, where it ran, and its totals.
 
     Attributes:
@@ -213,7 +339,11 @@ class RunRecord(_Record):
         data_label: How the data are to be named wherever they are shown.
         visual_flops_cut: Share of visual-token FLOPs the method removes, mean over samples, or None before the end.
         complete: Whether every sample asked for has a line.
+        samples_asked: How many samples the run is to have; None in records of earlier versions.
+        configuration: The model's ``config.json`` where ``spec.model`` alone does not find it again, else None.
         notes: Things a reader must know (no NVML, say).
+        totals: What :func:`summarize` says of the run, once there are samples; bytes.
+        schema: Of the file: what a later version reads it by.
     """
 
     spec: RunSpec
@@ -227,23 +357,36 @@ class RunRecord(_Record):
     complete: bool = False
     notes: list[str] = field(default_factory=list)
     totals: dict[str, Any] = field(default_factory=dict)
+    samples_asked: int | None = None
+    configuration: dict[str, Any] | None = None
     schema: int = SCHEMA
-
-    @classmethod
-    def from_json(cls, data: Mapping[str, Any]) -> Self:
-        """The run in ``data``, its spec rebuilt."""
-        run = super().from_json(data)
-        run.spec = RunSpec.from_json(data["spec"])
-        return run
 
 
 @dataclass
 class Run:
-    """A run and its samples, as read from a folder or just made."""
+    """A run and its samples, as read from a folder or just made.
+
+    Attributes:
+        record: The experiment, where it ran, and its totals.
+        samples: One record a sample, failed ones included, in order.
+        path: The folder it was read from, or None.
+        healed: What of the folder was damaged and how that was mended in reading it, a line each.
+    """
 
     record: RunRecord
     samples: list[SampleRecord]
     path: str | None = None
+    healed: list[str] = field(default_factory=list)
+
+    @property
+    def unfinished(self) -> str | None:
+        """``'9 of 48 samples'`` where a run is not whole, in words where nobody knows how many it was to have."""
+        asked = self.record.samples_asked
+        if asked is not None and len(self.samples) < asked:
+            return f"{len(self.samples)} of {asked} samples"
+        if asked == 0:
+            return "no sample falls into it"
+        return "it was not finished" if self.path is not None and not self.record.complete else None
 
     @property
     def finished(self) -> list[SampleRecord]:
@@ -266,15 +409,19 @@ def summarize(run: Run) -> dict[str, Any]:
         "task": spec.task,
         "data": record.data_label,
         "device": spec.device,
+        "gpu": record.environment.get("gpu") or spec.gpu,
         "status": record.status,
         "stack": spec.stack,
         "samples": len(done),
+        "samples_asked": record.samples_asked,
+        "complete": run.unfinished is None,
         "failed": len(run.samples) - len(done),
         "tokens": sum(len(s.tokens) for s in done),
         "static_bytes": record.static_bytes,
         "dynamic_peak_bytes": top.dynamic_peak_bytes if top else None,
         "peak_allocated_bytes": max((s.peak_allocated_bytes for s in done), default=None),
         "peak_reserved_bytes": max((s.peak_reserved_bytes for s in done), default=None),
+        "device_bytes": device_bytes(run),
         "kv_cache_bytes": max((s.kv_cache_bytes for s in done), default=None),
         "parts": {p: top.peak_parts.get(p, 0) for p in PARTS} if top else None,
         "visual_flops_cut": record.visual_flops_cut,
@@ -283,6 +430,20 @@ def summarize(run: Run) -> dict[str, Any]:
         "fidelity": {name: interval.to_json() for name, interval in fidelity.items()} or None,
         "path": run.path,
     }
+
+
+def device_bytes(run: Run) -> int | None:
+    """The most that nvidia-smi would show of the process: static, dynamic, cached and the CUDA context.
+
+    Measured where the driver was asked; of a prediction, what was reserved and the card's context. None on a CPU, and
+    in records of earlier versions, which do not say what context was assumed.
+    """
+    asked = [used for s in run.finished for used in s.tokens.device_used_bytes if used is not None]
+    if asked:
+        return max(asked)
+    context = run.record.environment.get("gpu_context_bytes")
+    reserved = max((s.peak_reserved_bytes for s in run.finished), default=None)
+    return None if context is None or reserved is None or run.record.status != "predicted" else reserved + context
 
 
 def quality(run: Run) -> tuple[Interval | None, dict[str, Interval]]:

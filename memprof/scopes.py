@@ -1,10 +1,12 @@
 """Who is asking for memory right now: a stack of parts that hooks and surgery push, and that the ledger reads.
 
-No torch here, so that pruning can name its own bytes without knowing any meter.
+Each thread has a stack of its own, so that what one does, or dies of, is nothing to another. No torch here, so that
+pruning can name its own bytes without knowing any meter.
 """
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import NamedTuple
@@ -17,32 +19,39 @@ class Scope(NamedTuple):
     module: str
 
 
-_stack: list[Scope] = [Scope("other", "")]
+class _Open(threading.local):
+    def __init__(self) -> None:
+        self.stack: list[Scope] = [Scope("other", "")]
+
+
+_open = _Open()
 
 
 def current() -> Scope:
     """The innermost scope."""
-    return _stack[-1]
+    return _open.stack[-1]
 
 
 def push(part: str | None, module: str) -> None:
     """Enter a scope; ``part=None`` keeps the part of the scope around it."""
-    _stack.append(Scope(part or _stack[-1].part, module))
+    stack = _open.stack
+    stack.append(Scope(part or stack[-1].part, module))
 
 
 def pop() -> None:
-    """Leave the innermost scope."""
-    _stack.pop()
+    """Leave the innermost scope; the outermost stays, whoever forgot to enter."""
+    if len(_open.stack) > 1:
+        _open.stack.pop()
 
 
 def depth() -> int:
     """How many scopes are open, for :func:`unwind`."""
-    return len(_stack)
+    return len(_open.stack)
 
 
 def unwind(depth: int) -> None:
     """Leave every scope above ``depth``: an exception skips the hooks that would have."""
-    del _stack[depth:]
+    del _open.stack[max(depth, 1) :]
 
 
 @contextmanager

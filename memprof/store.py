@@ -6,53 +6,44 @@ bytes an unbroken run writes. This module never imports torch.
 
 from __future__ import annotations
 
-import fcntl
 import json
 import os
 import time
 from collections.abc import Iterable
+from contextlib import ExitStack
 from dataclasses import replace
 from itertools import zip_longest
 from pathlib import Path
-from typing import Any, TextIO
+from typing import TextIO
 
-from memprof.errors import DataError, RunExists, UsageError
+from memprof import files
+from memprof.errors import DataError, MemprofError, RunExists, UsageError
+from memprof.files import write_json
 from memprof.records import SCHEMA, Run, RunRecord, SampleRecord
 
 RUN_FILE, SAMPLES_FILE = "run.json", "samples.jsonl"
-
-
-def write_json(path: Path, data: Any) -> None:
-    """Write ``data`` to ``path`` in one step."""
-    _replace(path, json.dumps(data, indent=1, ensure_ascii=False) + "\n")
-
-
-def _replace(path: Path, text: str) -> None:
-    """Make ``text`` the content of ``path`` in one step: a reader sees the old file or the new, never half of one."""
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(text, encoding="utf-8")
-    os.replace(temporary, path)
 
 
 def _line(sample: SampleRecord) -> str:
     return json.dumps(sample.to_json(), ensure_ascii=False) + "\n"
 
 
-def _claim(path: Path) -> int:
-    """A file descriptor of the folder ``path``, locked until it is closed: two writers would mix their lines.
+def _seen(path: Path) -> list[tuple[int, ...] | None]:
+    """What tells whether a run folder was written to: its files' number, time and size, None for a missing one."""
+    stats = [file.stat() if file.exists() else None for file in (path / RUN_FILE, path / SAMPLES_FILE)]
+    return [None if one is None else (one.st_ino, one.st_mtime_ns, one.st_size) for one in stats]
 
-    Raises:
-        UsageError: Another process has it.
-    """
-    claim = os.open(path, os.O_RDONLY)
-    try:
-        fcntl.flock(claim, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        os.close(claim)
-        raise UsageError(f"another process is writing to {path}; wait for it, or use another folder") from None
-    except OSError:
-        pass  # a file system without locks
-    return claim
+
+def _taken(path: Path) -> bool:
+    """Whether something stands at ``path`` that is not memprof's: a file, or more than what a kill left."""
+    if not path.is_dir():
+        return path.exists() or path.is_symlink()
+    return any(not _ours(name) for name in os.listdir(path))
+
+
+def _ours(name: str) -> bool:
+    """Whether a file is a half-written ``run.json`` or ``samples.jsonl``, which a kill leaves."""
+    return name.lstrip(".").startswith((RUN_FILE, SAMPLES_FILE)) and name.endswith(".tmp")
 
 
 class RunFolder:
@@ -64,10 +55,12 @@ class RunFolder:
     _lines: TextIO
 
     def __init__(
-        self, path: Path, record: RunRecord, samples: list[SampleRecord], *, new: bool = False, fewer: bool = False
-    ) -> None:
+        self, path: Path, record: RunRecord, samples: list[SampleRecord], found: list[tuple[int, ...] | None], *,
+        new: bool = False, fewer: bool = False,
+    ) -> None:  # fmt: skip
         self.path, self.record, self.samples = path, record, samples
         self._new, self._fewer = new, fewer  # no run is there yet, or one with lines beyond ``samples``
+        self._found, self._held = found, ExitStack()
         self._synced = 0.0
 
     @classmethod
@@ -87,6 +80,7 @@ class RunFolder:
             RunExists: The folder holds a run, and neither ``resume`` nor ``force`` was given.
             UsageError: ``resume``, but the run there was another experiment, or ``path`` is not a run folder.
         """
+        found = _seen(path)  # before anything is read: what is written from now on is noticed once the folder is locked
         if (path / RUN_FILE).exists() and not force:
             if not resume:
                 raise RunExists(f"{path} already holds a run; --resume finishes it, --force replaces it")
@@ -99,14 +93,16 @@ class RunFolder:
                 ]
                 raise UsageError(f"{path} holds another experiment ({'; '.join(changed)}); use another folder")
             kept = there.finished if retry_failed else there.samples
-            return cls(path, there.record, kept, fewer=len(kept) < len(there.samples))
-        if path.exists() and not (path / RUN_FILE).exists() and (path.is_file() or any(path.iterdir())):
+            return cls(path, there.record, kept, found, fewer=len(kept) < len(there.samples) or bool(there.healed))
+        if not (path / RUN_FILE).exists() and _taken(path):
             raise UsageError(f"{path} is not empty and holds no run; use another folder")
-        return cls(path, record, [], new=True)
+        return cls(path, record, [], found, new=True)
 
     def __enter__(self) -> RunFolder:
         self.path.mkdir(parents=True, exist_ok=True)
-        self._claim = _claim(self.path)
+        self._claim()
+        for name in filter(_ours, os.listdir(self.path)):
+            (self.path / name).unlink(missing_ok=True)
         if self._new:
             (self.path / SAMPLES_FILE).unlink(missing_ok=True)  # nothing else: a user may keep files of his own here
             self.save()
@@ -116,13 +112,27 @@ class RunFolder:
             self.record.complete = False
             self.save()
             self._rewrite()
-        self._lines = (self.path / SAMPLES_FILE).open("a", encoding="utf-8")
+        self._lines = (self.path / SAMPLES_FILE).open("a", encoding="utf-8", errors="backslashreplace")
         return self
 
     def __exit__(self, *_: object) -> None:
         os.fsync(self._lines.fileno())
         self._lines.close()
-        os.close(self._claim)
+        self._held.close()
+
+    def _claim(self) -> None:
+        """Lock the folder: two writers would mix their lines. What was read of it before must still be what is there.
+
+        Raises:
+            UsageError: Another process has it, or had it in between.
+        """
+        try:
+            self._held.enter_context(files.locked(self.path, wait=False))
+        except MemprofError as error:
+            raise UsageError(f"{error}; wait for it, or use another folder") from None
+        if _seen(self.path) != self._found:
+            self._held.close()
+            raise UsageError(f"another process wrote to {self.path} in between; --resume goes on from what it did")
 
     @property
     def done(self) -> set[str]:
@@ -146,11 +156,11 @@ class RunFolder:
             self.samples[:] = order
             self._lines.close()
             self._rewrite()
-            self._lines = (self.path / SAMPLES_FILE).open("a", encoding="utf-8")
+            self._lines = (self.path / SAMPLES_FILE).open("a", encoding="utf-8", errors="backslashreplace")
 
     def _rewrite(self) -> None:
         """Write all lines anew, in one step."""
-        _replace(self.path / SAMPLES_FILE, "".join(map(_line, self.samples)))
+        files.replace(self.path / SAMPLES_FILE, "".join(map(_line, self.samples)))
 
     def save(self) -> None:
         """Rewrite ``run.json`` from :attr:`record`."""
@@ -178,24 +188,59 @@ def read_run(path: Path | str) -> Run:
         DataError: The folder is missing, is no run folder, was written by a later schema, or has a broken line.
     """
     path = Path(path)
-    try:
-        data = json.loads((path / RUN_FILE).read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise DataError(f"{path} is not a run folder: it has no {RUN_FILE}") from None
-    except (OSError, ValueError) as error:
-        raise DataError(f"cannot read {path / RUN_FILE}: {error}") from None
-    if data.get("schema", 0) > SCHEMA:
-        raise DataError(f"{path} was written by a later memprof (schema {data['schema']}); update memprof")
+    record = _read_record(path / RUN_FILE)
+    return _healed(Run(record, _read_samples(path / SAMPLES_FILE), str(path)))
+
+
+def _read_samples(file: Path) -> list[SampleRecord]:
+    """Every whole line; what follows the last newline is empty, or torn by a kill, maybe inside a character."""
     samples = []
-    file = path / SAMPLES_FILE
-    text = file.read_text(encoding="utf-8") if file.exists() else ""
-    lines = text.split("\n")
-    for number, line in enumerate(lines[:-1], start=1):  # what follows the last newline is empty, or torn by a kill
+    try:
+        lines = files.read_bytes(file).split(b"\n")[:-1]
+    except FileNotFoundError:
+        return []
+    for number, line in enumerate(lines, start=1):
+        where = f"{file}, line {number}"
         try:
-            samples.append(SampleRecord.from_json(json.loads(line)))
-        except (ValueError, TypeError) as error:
-            raise DataError(f"{file}, line {number}: {error}") from None
-    return Run(RunRecord.from_json(data), samples, str(path))
+            sample = SampleRecord.from_json(files.parse_json(line.decode(), where))
+            sample.check()
+            samples.append(sample)
+        except ValueError as error:
+            raise DataError(f"{where}: {files.first_line(error)}") from None
+    return samples
+
+
+def _healed(run: Run) -> Run:
+    """``run`` with each sample once, and not called complete where lines are gone; both are told in ``healed``."""
+    once: dict[str, SampleRecord] = {}
+    for sample in run.samples:
+        if sample.id not in once or (sample.ok and not once[sample.id].ok):
+            once[sample.id] = sample
+    twice = len(run.samples) - len(once)
+    if twice:
+        run.samples = list(once.values())
+        run.healed.append(f"{twice} lines stood twice in {SAMPLES_FILE}, of two writers; each sample is counted once")
+    counted = [run.record.totals.get(name) for name in ("samples", "failed")]
+    lost = sum(n for n in counted if isinstance(n, int)) - len(run.samples)
+    if run.record.complete and lost > 0:
+        run.record.complete = False
+        run.record.samples_asked = run.record.samples_asked or len(run.samples) + lost
+        run.healed.append(f"{lost} of {len(run.samples) + lost} finished samples are gone from {SAMPLES_FILE}")
+    return run
+
+
+def _read_record(file: Path) -> RunRecord:
+    try:
+        data = files.read_json(file)
+    except FileNotFoundError:
+        raise DataError(f"{file.parent} is not a run folder: it has no {RUN_FILE}") from None
+    schema = data.get("schema", 0)
+    if isinstance(schema, int) and schema > SCHEMA:
+        raise DataError(f"{file.parent} was written by a later memprof (schema {schema}); update memprof")
+    try:
+        return RunRecord.from_json(data)
+    except ValueError as error:
+        raise DataError(f"{file}: {error}") from None
 
 
 def find_runs(paths: Iterable[Path | str]) -> list[Run]:
@@ -232,6 +277,12 @@ def join_shards(runs: Iterable[Run]) -> list[Run]:
     return [_joined(group) if group[0].record.spec.shard else group[0] for group in groups.values()]
 
 
+def _asked_of(shards: list[Run], count: int) -> int | None:
+    """How many samples all ``count`` shards are to have; None where one is not there or does not know."""
+    asked = [run.record.samples_asked for run in shards if run.record.samples_asked is not None]
+    return sum(asked) if len(asked) == count else None
+
+
 def _joined(shards: list[Run]) -> Run:
     """One run of several shards; complete only if every shard is there and complete."""
     numbered: dict[int, Run] = {}
@@ -252,8 +303,12 @@ def _joined(shards: list[Run]) -> Run:
         static_bytes=max(run.record.static_bytes for run in shards),
         complete=len(numbered) == count and all(run.record.complete for run in shards),
         notes=sorted({note for run in shards for note in run.record.notes}),
+        samples_asked=_asked_of(shards, count),
     )
     # Shard i of n holds samples i, i + n, ...: taking one from each in turn restores the order.
     turns = zip_longest(*(numbered[i].samples for i in sorted(numbered)))
     samples = [sample for turn in turns for sample in turn if sample is not None]
-    return Run(record, samples, str(Path(first.path or "").parent))
+    healed = [f"{run.path}: {text}" for run in shards for text in run.healed]
+    if len(numbered) < count:
+        healed.append(f"{len(numbered)} of {count} shards are here: {', '.join(map(str, sorted(numbered)))}")
+    return Run(record, samples, str(Path(first.path or "").parent), healed)

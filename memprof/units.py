@@ -44,6 +44,20 @@ def format_bytes(n_bytes: float, unit: str = "GiB", digits: int = 3) -> str:
     return f"{in_unit(n_bytes, unit):.{digits}f} {unit}"
 
 
+def say_bytes(n_bytes: float) -> str:
+    """The same in words of a sentence, in the unit that shows the number well: ``'2.0 MiB'``, ``'0.527 GiB'``."""
+    if n_bytes < MIB:
+        return f"{n_bytes / KIB:,.1f} KiB" if n_bytes >= KIB else f"{n_bytes:.0f} B"
+    return format_bytes(n_bytes) if unit_for(n_bytes) == "GiB" else format_bytes(n_bytes, "MiB", 1)
+
+
+def parse_size(text: str) -> int:
+    """A size with its unit, in bytes; a bare number, which nobody means as bytes, is refused."""
+    if re.fullmatch(r"\s*[0-9.]+\s*", text):
+        raise BadValue(f"{text!r} has no unit; write for example {text.strip()}GiB or {text.strip()}MiB")
+    return parse_bytes(text)
+
+
 def parse_bytes(text: str) -> int:
     """``'5.2GiB'``, ``'8 GB'``, ``'4096'`` -> bytes (int).
 

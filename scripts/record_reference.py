@@ -33,14 +33,19 @@ import torch
 from torch.nn.attention import SDPBackend
 
 from memprof import runner
-from memprof.analysis.validate import HISTORY, as_recording, write_history
+from memprof.analysis.histories import as_recording
+from memprof.bench import Bench
+from memprof.bench.outcome import release
 from memprof.environment import environment
 from memprof.errors import DataError, MemprofError, UsageError
-from memprof.families import Card, Family, find_model
+from memprof.families import Model
+from memprof.files import write_json
+from memprof.models import find
 from memprof.records import Run, RunSpec
-from memprof.runner import Bench, complete_spec, make_prompt, profile_prompt, release
-from memprof.simulator.recording import Recording, read_recordings
-from memprof.store import RUN_FILE, write_json
+from memprof.runner import Complete, complete_spec
+from memprof.snapshots.history import HISTORY, write_history
+from memprof.snapshots.recording import Recording, read_recordings
+from memprof.store import RUN_FILE
 
 INTERNVL, LLAVA = "internvl2-2b", "llava-1.5-7b"
 #: Tokens of AI2D's prompts on average; others stand beside it where memory depends on them.
@@ -79,7 +84,7 @@ def steps(device: str, tokens: int) -> Iterator[Step]:
     """Everything to record, in order. Methods that need eager attention come last: it is another model."""
 
     def spec(model: str, method: str, stack: str) -> RunSpec:
-        dtype = find_model(model)[1].dtype
+        dtype = find.find(model).dtype
         gpu = "h100" if device == "sim" else None
         return RunSpec(model, method, "ai2d", device, stack=stack, dtype=dtype, max_new_tokens=tokens, gpu=gpu)
 
@@ -170,16 +175,13 @@ class Recorder:
         if time.monotonic() - self.begin > self.budget:
             raise TimeUp
 
-    def ready(self, spec: RunSpec) -> tuple[RunSpec, Any, Any, Any]:
-        """The completed spec, its pruner, the model and its meter, which asks the driver at every token."""
-        spec, pruner, _ = complete_spec(spec)
-        if self.bench is None or self.bench.card.name != find_model(spec.model)[1].name:
-            self.bench = None  # the model before goes first
-            release(spec.device)
-            self.bench = Bench(spec)
-        model, meter = self.bench.ready(spec)
-        meter.ask_driver = "always"  # type: ignore[attr-defined] # where there is a driver to ask
-        return spec, pruner, model, meter
+    def ready(self, spec: RunSpec) -> tuple[Complete, Any]:
+        """The completed spec, and the meter of its model, which asks the driver at every token."""
+        done = complete_spec(spec)
+        self.bench = Bench(done.setup) if self.bench is None else self.bench.set_up(done.setup)
+        meter: Any = self.bench.ready()[1]
+        meter.ask_driver = "always"  # where there is a driver to ask
+        return done, meter
 
     def run(self, step: Step) -> str:
         """Record a run folder, or finish the one that is there."""
@@ -201,14 +203,17 @@ class Recorder:
         path = self.folder / f"{step.name}{HISTORY}"
         if path.exists():
             return THERE
-        spec, pruner, model, meter = self.ready(step.spec)
-        assert self.bench is not None
-        family, card = self.bench.family, self.bench.card
-        prompt = make_prompt(family, card, family.shape(card, *shape, spec.max_tiles), seed=spec.seed)
+        done, meter = self.ready(step.spec)
+        bench, spec, model = self.bench, done.spec, done.setup.model
+        assert bench is not None
+        ask = done.ask(model.family.shape(model, *shape, spec.max_tiles))
+        ask = ask.about(bench.written(ask))
 
         def generate() -> None:
             release(spec.device)
-            profile_prompt(model, meter, pruner, spec.stack, prompt, new_tokens=spec.max_new_tokens)
+            refused = bench.profile(ask).refused
+            if refused is not None:
+                raise MemprofError(refused)
 
         meter.attribution = "none"  # the ledger would stand in every stack
         try:
@@ -282,18 +287,16 @@ def say(line: str) -> None:
     print(line, file=sys.stderr, flush=True)
 
 
-def tiny(model: str) -> tuple[Family, Card]:
+def tiny(model: str, *_: str) -> Model:
     """A model of the same make that a laptop runs in a moment."""
-    family, card = find_model(model)
+    card = find.named()[model]
     text = {
         "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 5, "num_attention_heads": 4,
         "num_key_value_heads": 2, "vocab_size": 300, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0,
     }  # fmt: skip
     vision = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32}
-    extra = {key: 290 if key.startswith("image_token") else value for key, value in card.extra.items()}
-    return family, dataclasses.replace(
-        card, text={**card.text, **text}, vision={**card.vision, **vision}, extra=extra, template=(3, 2)
-    )
+    extra = {key: 290 for key in card.config if key.startswith("image_token")}
+    return dataclasses.replace(card.but(text, vision, **extra), template=(3, 2))
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -306,7 +309,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--dry-run", action="store_true", help="tiny models, predicted: the whole way without a card")
     asked = parser.parse_args(argv)
     if asked.dry_run:
-        runner.find_model = tiny
+        find.find = tiny
     device = "sim" if asked.dry_run else "cuda"
     wanted = [step for step in steps(device, asked.tokens) if not asked.model or step.spec.model in asked.model]
     asked.output.mkdir(parents=True, exist_ok=True)

@@ -1,9 +1,11 @@
-"""The TopV paper's supplement, predicted: both tables of dynamic memory and figures 6 to 11, beside the published ones.
+"""The TopV paper's supplement, predicted: both tables of dynamic memory and figures 6 to 11, beside what was published
+and what a card measured of the same prompts (reference/h200-runs).
 
     python scripts/reproduce_supplement.py            tables, plots/supplement.json and plots/supplement_*
     python scripts/reproduce_supplement.py --json     one JSON document, and no figures
 
-Takes a few minutes on two cores and needs no GPU. What is done is in memprof/analysis/supplement.py.
+Takes a few minutes on two cores and needs no GPU. What is done is in memprof/analysis/supplement.py. To be predicted
+under the transformers that the card ran, it is run in that environment (``make figures`` does).
 """
 
 from __future__ import annotations
@@ -16,13 +18,17 @@ from pathlib import Path
 from typing import Any
 
 from memprof.analysis.supplement import FIGURES, METHODS, PUBLISHED, TASKS, make_runs, reproduce
-from memprof.figures import draw_data, facts, palette, plan
+from memprof.figures import draw_data, plan
 from memprof.figures.style import KeyItem, Look, Sheet, save
+from memprof.files import write_json
 from memprof.records import Run
-from memprof.store import write_json
+from memprof.store import find_runs
+from memprof.telling import facts, palette
 from memprof.units import DISPLAY_UNITS
 
 ROOT = Path(__file__).parents[1]
+#: What a card measured of the setting.
+MEASURED = ROOT / "reference" / "h200-runs"
 
 
 def main() -> None:
@@ -33,7 +39,7 @@ def main() -> None:
     parser.add_argument("--plots", type=Path, default=ROOT / "plots", help="where figures go")
     parser.add_argument("--runs", type=Path, default=Path("runs/supplement"), help="where run folders go")
     options = parser.parse_args()
-    setting, result = reproduce(options.candidates, say)
+    setting, result = reproduce(options.candidates, say, find_runs(sorted(MEASURED.glob("supp-*"))))
     if options.json:
         print(json.dumps(result, indent=1, ensure_ascii=False))
         return
@@ -56,21 +62,23 @@ def say(what: str) -> None:
 
 def text(result: dict[str, Any]) -> str:
     """The tables and the words."""
-    setting, unit = result["setting"], result["setting"]["unit"]
-    lines = [f"InternVL2-2B, stack paper, predicted; dynamic memory in {unit}", ""]
-    lines.append(f"{'':10}" + "".join(f"{task:>12}{'published':>12}{'error':>9}" for task in TASKS))
+    setting, unit, card = result["setting"], result["setting"]["unit"], result["measured"]
+    under = " and ".join(f"{name} {version}" for name, version in result["predicted_under"].items())
+    lines = [f"InternVL2-2B, stack paper, dynamic memory in {unit}; predicted under {under}"]
+    if card is not None:
+        lines.append(f"{card['where']}, torch {card['torch']}, transformers {card['transformers']}")
+    heads = ["published", *(["measured"] if card else []), "predicted"]
+    lines += ["", f"{'':10}" + "".join(f"{task + ' ' + head:>20}" for task in TASKS for head in heads)]
     for method in METHODS:
-        cells = (
-            f"{result['dynamic_gb'][method][t]:12.3f}{result['published'][method][t]:12.2f}"
-            f"{result['error_percent'][method][t]:+8.1f}%"
-            for t in TASKS
-        )
+        tables = [result["published"], *([card["dynamic_gb"]] if card else []), result["dynamic_gb"]]
+        cells = (f"{table[method][task]:20.3f}" for task in TASKS for table in tables)
         lines.append(f"{palette.method_label(method):10}" + "".join(cells))
     lines.append("")
     for task in TASKS:
         for other, saved in result["savings"][task].items():
-            published = result["published_savings"][task][other]
-            lines.append(f"TopV saves against {other} on {task}: {saved:.1f} % (published {published} %)")
+            known = f"published {result['published_savings'][task][other]} %"
+            known += f", measured {card['savings'][task][other]:.1f} %" if card else ""
+            lines.append(f"TopV saves against {other} on {task}: {saved:.1f} % ({known})")
     lines += ["", f"Setting found among {result['searched']:,}, {'met' if result['met'] else 'NOT met'}: {setting}"]
     lines += ["Near equals, as predicted (up to 1, all figures and savings are met):"]
     lines += [f"  {near['misfit']:.2f}  {near['setting']}" for near in result["near_equals"]]
@@ -82,34 +90,42 @@ def text(result: dict[str, Any]) -> str:
 
 
 def beside(result: dict[str, Any], runs: list[Run], path: Path) -> None:
-    """Six published figures, each beside its prediction on the paper's stack and on today's."""
+    """Six published figures, each beside what a card measured, its prediction, and that on today's stack."""
     unit = result["setting"]["unit"]
-    scale, look = DISPLAY_UNITS[unit], Look.of("paper", "double", unit)
+    scale, look, card = DISPLAY_UNITS[unit], Look.of("print", "double", unit), result["measured"]
     rows = {
         "published": (PUBLISHED, palette.MUTED),
+        **({"measured": (card["dynamic_gb"], palette.RULE)} if card else {}),
         "predicted": (result["dynamic_gb"], None),
         "predicted, today's stack": (result["current_stack"]["dynamic_gb"], palette.STATIC),
     }
     data = facts.header("beside", path.name, runs) | {"bars": {name: table for name, (table, _) in rows.items()}}
+    if card:
+        data["said"] = [f"{card['where']}, torch {card['torch']}, transformers {card['transformers']}"]
     with look.settings():
         key = [
             KeyItem("published", palette.MUTED),
+            *([KeyItem("measured", palette.RULE)] if card else []),
             KeyItem("predicted, in the method's colour", palette.method_colour("topv")),
             KeyItem("predicted on today's stack", palette.STATIC),
         ]
-        sheet = Sheet(look, data, "The supplement's dynamic memory, published and predicted", body=130, key=key)
+        title = f"The supplement's dynamic memory, published{', measured' if card else ''} and predicted"
+        sheet = Sheet(look, data, title, body=130, key=key)
         axes = sheet.axes()
         places = [(m, t) for t in TASKS for m in METHODS]
         for at, (method, task) in enumerate(places):
             for step, (table, colour) in enumerate(rows.values()):
-                bytes_, x = table[method][task] * scale, at + 0.27 * (step - 1)
-                axes.bar(x, table[method][task], width=0.25, color=colour or palette.method_colour(method))
+                wide = 0.94 / len(rows)
+                bytes_, x = table[method][task] * scale, at + wide * (step - (len(rows) - 1) / 2)
+                axes.bar(x, table[method][task], width=0.93 * wide, color=colour or palette.method_colour(method))
                 axes.text(x, table[method][task], look.value(bytes_), ha="center", va="bottom", fontsize=look.small)
         axes.set_xticks(
             range(len(places)),
             [f"{palette.method_label(m)}\n{palette.task_label(t)} (Fig. {FIGURES[m, t]})" for m, t in places],
         )
         axes.tick_params(axis="x", length=0)
+        axes.set_xlim(-0.5, len(places) - 0.5)
+        axes.margins(y=0.08)
         axes.set_ylabel(f"dynamic peak ({unit})")
         for suffix in (".png", ".pdf"):
             save(sheet.figure, path.with_suffix(suffix), look)

@@ -20,7 +20,7 @@ import argparse
 import json
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -31,6 +31,7 @@ import torch.distributed as dist
 from torch import nn
 from torch.nn import functional as F
 
+from memprof.families import Model
 from memprof.families._proving.drawing import (
     CHARACTERS,
     HELD_OUT,
@@ -43,12 +44,15 @@ from memprof.families._proving.drawing import (
     read_question,
 )
 from memprof.families.proving import SPECIALS, VOCABULARY, Proving
+from memprof.models.find import find
 
+#: Measures a model on so many held-out pictures: numbers by name.
+Gates = Callable[[Any, int], dict[str, float]]
 FAMILY = Proving()
-CARD = FAMILY.cards["proving"]
+CARD = find("proving")
 SIDE = FAMILY.side(CARD)
 CELLS, PIXELS = SIDE * SIDE, SIZE // SIDE
-LAYERS = int(CARD.text["num_hidden_layers"])
+LAYERS = CARD.layers
 #: Decoder layers whose output the locating and the character head read.
 LOCATE, NAME = 1, 2
 #: Layers that read characters: one of them always sees the image.
@@ -148,7 +152,7 @@ def make_batch(seeds: Sequence[int]) -> Batch:
     for b, seed in enumerate(seeds):
         scene = draw_scene(seed)
         cells, homes = under(scene)
-        pixels.append(FAMILY.pixels(CARD, FAMILY.shape(CARD, SIZE, SIZE, 0, None), scene.image()))
+        pixels.append(FAMILY.pixels(CARD, FAMILY.image(CARD, SIZE, SIZE), scene.image()))
         dense.append(cells)
         for (start, _), question in zip(segments(), questions(scene), strict=True):
             asked = question.text.split()
@@ -331,7 +335,7 @@ def train(
     """Train by ``plan``; returns the model and the loss of every step. Call it in each of ``plan.world`` processes."""
     torch.set_num_threads(1)
     model = new_model(plan.seed)
-    heads = Heads(int(CARD.text["hidden_size"]))
+    heads = Heads(CARD.hidden)
     every = [p for module in (model, heads) for p in module.parameters()]
     inner = model.model
     blocks = (inner.vision_tower.encoder, inner.multi_modal_projector, inner.language_model.layers)
@@ -365,7 +369,7 @@ def train(
             say(f"step {step} {time.monotonic() - begun:.0f} s loss {history[-1]:.3f} {named}")
         if out and rank == 0 and (step + 1) % 200 == 0:
             say(json.dumps({"step": step + 1, **gates(model, 48, cuts=(), attention=False)}))
-            save(model, out)
+            save(model, out, IDS, SPECIALS)
     return model, history
 
 
@@ -432,22 +436,22 @@ def attention_mass(model: Any, pictures: int) -> list[float]:
 # -- files -------------------------------------------------------------------------------------------------------------
 
 
-def save(model: Any, out: Path) -> None:
-    """Write what memprof ships: weights in float16 and the tokenizer."""
+def save(model: Any, out: Path, ids: Mapping[str, int], specials: Sequence[str]) -> None:
+    """Write what memprof ships: weights in float16, and the tokenizer of ``ids``."""
     from safetensors.torch import save_file
 
     out.mkdir(parents=True, exist_ok=True)
     weights = out / "model.safetensors"
     save_file({k: v.detach().half().contiguous() for k, v in model.state_dict().items()}, weights)
     weights.chmod(0o644)  # safetensors lets nobody else read it
-    (out / "tokenizer.json").write_text(tokenizer())
+    (out / "tokenizer.json").write_text(tokenizer(ids, specials))
 
 
-def report(out: Path, pictures: int = 400, **made: Any) -> None:
-    """Write ``report.json``: the gates of the weights as saved, in half precision, and how they were ``made``."""
-    from memprof.families._checkpoint import load_checkpoint
+def report(card: Model, gates: Gates, out: Path, pictures: int = 400, **made: Any) -> None:
+    """Write ``report.json``: the ``gates`` of the weights as saved, in half precision, and how they were ``made``."""
+    from memprof.models.checkpoint import load_checkpoint
 
-    model: Any = load_checkpoint(FAMILY, CARD, str(out), device="cpu", dtype="float32", attention="sdpa")
+    model: Any = load_checkpoint(card, str(out), device="cpu", dtype="float32", attention="sdpa")
     made |= {
         "parameters": sum(p.numel() for p in model.parameters()),
         "held_out_pictures": pictures,
@@ -457,16 +461,16 @@ def report(out: Path, pictures: int = 400, **made: Any) -> None:
     print(json.dumps(made), flush=True)
 
 
-def tokenizer() -> str:
-    """A ``tokenizer.json``: lower-case words and single characters."""
+def tokenizer(ids: Mapping[str, int], specials: Sequence[str]) -> str:
+    """A ``tokenizer.json``: lower-case words and single characters, by ``ids``."""
     from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 
-    words = Tokenizer(models.WordLevel(IDS, unk_token="<unk>"))
+    words = Tokenizer(models.WordLevel(dict(ids), unk_token="<unk>"))
     words.pre_tokenizer = pre_tokenizers.Sequence(
         [pre_tokenizers.Split(Regex(r"\s+"), "removed"), pre_tokenizers.Split(Regex(r"[a-z]+|."), "isolated")]
     )
     words.decoder = decoders.Fuse()
-    words.add_special_tokens(list(SPECIALS))
+    words.add_special_tokens(list(specials))
     return str(words.to_str(pretty=True))
 
 
@@ -477,9 +481,9 @@ def work(rank: int, plan: Plan, out: Path, meeting: str) -> None:
     begun = time.monotonic()
     model, history = train(plan, rank, out, lambda line: print(line, flush=True))
     if rank == 0:
-        save(model, out)
+        save(model, out, IDS, SPECIALS)
         seconds = round(time.monotonic() - begun)
-        report(out, plan=asdict(plan), seconds=seconds, final_loss=history[-1], torch=torch.__version__)
+        report(CARD, gates, out, plan=asdict(plan), seconds=seconds, final_loss=history[-1], torch=torch.__version__)
     if plan.world > 1:
         dist.barrier()
         dist.destroy_process_group()
@@ -497,7 +501,7 @@ def main() -> None:
     if check:
         torch.set_num_threads(1)
         known = json.loads((out / "report.json").read_text())
-        report(out, **{name: known[name] for name in ("plan", "seconds", "final_loss", "torch")})
+        report(CARD, gates, out, **{name: known[name] for name in ("plan", "seconds", "final_loss", "torch")})
         return
     plan = Plan(**given)
     with tempfile.TemporaryDirectory() as folder:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import sys
 from pathlib import Path
 from typing import Any
@@ -26,8 +25,7 @@ def checkpoint(folder: Path) -> Path:
     from layouts import model_of, tiny, write
 
     card = tiny("internvl3-1b", vocab_size=len(VOCABULARY))
-    extra = {**card.extra, "image_token_id": len(VOCABULARY) - 1}
-    model = model_of(dataclasses.replace(card, extra=extra, text={**card.text, "eos_token_id": 2}), seed=5)
+    model = model_of(card.but(text={"eos_token_id": 2}, image_token_id=len(VOCABULARY) - 1), seed=5)
     write(folder, model.state_dict(), model.config.to_dict())
     (folder / "tokenizer.json").write_text(_words())
     return folder
@@ -71,7 +69,7 @@ def answered(
 def asked(grid: Grid, *answers: Answer, question: str = "what is this?", notes: list[str] | None = None) -> Asked:
     """A question about a picture of ``grid``, whose tiles are grey squares of 8 pixels a token."""
     ran = answers[0].run.record.status == "measured"
-    edge = 8 * grid.side
+    edge = 8 * grid.across
     tiles = np.full((grid.tiles, edge, edge, 3), 200, dtype=np.uint8) if ran else None
     return Asked(
         question, "cat.png", picture(), "InternVL2-2B", "weights of here", grid, tiles, list(answers), notes or []

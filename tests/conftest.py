@@ -24,3 +24,21 @@ def shared() -> Path:
 def one_width(monkeypatch: pytest.MonkeyPatch) -> None:
     """Every terminal is as wide as the next, whoever runs the tests."""
     monkeypatch.setenv("COLUMNS", "120")
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """``--record`` writes reference files of tests anew instead of holding the code to them."""
+    parser.addoption("--record", action="store_true", help="write reference files anew")
+
+
+@pytest.fixture(autouse=True)
+def own_list_of_runs(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """What tests save is put on no user's list of runs, and a test finds no run but its own."""
+    monkeypatch.setattr("memprof.cli._runs.LIST", tmp_path / "saved-runs" / "runs.txt")
+
+
+@pytest.fixture(scope="session")
+def shared_book(tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest) -> Path:
+    """A folder for ``MEMPROF_CACHE``: what one test has recorded serves the others, those of other workers, too."""
+    base = tmp_path_factory.getbasetemp()
+    return (base.parent if hasattr(request.config, "workerinput") else base) / "book"

@@ -14,34 +14,59 @@ import memprof
 ROOT = Path(memprof.__file__).parent
 
 #: For each room, the rooms it may import; arrows go one way (ARCHITECTURE.md).
-GROUND = {"errors", "units", "records", "plugins", "scopes", "environment", "intervals"}
+GROUND = {
+    "errors", "files", "plain", "version", "units", "intervals", "forks", "bracket", "scopes", "environment", "plugins",
+    "alone", "allowance", "host", "lines", "prompts", "script", "records", "asked", "stopping", "store",
+}
 ALLOWED = {
-    "errors": set(), "units": {"errors"}, "records": {"intervals"}, "scopes": set(), "environment": set(),
-    "plugins": {"errors"}, "intervals": {"errors"}, "asked": {"records"}, "forks": set(),
-    "store": {"errors", "records"},
-    "anatomy": {"errors"},
-    "simulator": GROUND,
-    "stacks": GROUND | {"anatomy"},
-    "families": GROUND | {"simulator"},
+    "errors": set(), "version": set(), "plain": set(), "scopes": set(), "bracket": set(), "host": set(),
+    "alone": set(), "lines": set(), "stopping": set(),
+    "forks": {"alone"}, "units": {"errors"}, "allowance": {"errors", "units"}, "script": {"errors"}, "catching": set(),
+    "files": {"alone", "errors"}, "intervals": {"errors"}, "plugins": {"errors"},
+    "environment": {"version"}, "prompts": {"plain"},
+    "records": {"intervals", "plain", "prompts"}, "asked": {"records"}, "store": {"errors", "files", "records"},
+    "gpus": GROUND,
+    "telling": GROUND,
     "tasks": GROUND,
+    "families": GROUND,
+    "anatomy": GROUND,
+    "stacks": GROUND | {"anatomy"},
+    "simulator": GROUND | {"gpus"},
+    "snapshots": GROUND | {"gpus", "reports", "simulator"},
+    "tracing": GROUND | {"gpus", "simulator"},
+    "models": GROUND | {"anatomy", "families", "gpus"},
     "pruning": GROUND | {"anatomy"},
-    "meters": GROUND | {"simulator", "anatomy"},
+    "meters": GROUND | {"anatomy", "gpus", "models", "simulator", "tracing"},
     "profiler": GROUND | {"anatomy", "meters", "simulator"},
-    "predict": GROUND | {"anatomy", "families", "forks", "meters", "pruning", "simulator"},
-    "runner": GROUND | {
-        "anatomy", "families", "forks", "meters", "predict", "profiler", "pruning", "simulator", "stacks", "store",
-        "tasks",
+    "forecasts": GROUND | {"families", "gpus", "models", "pruning", "simulator"},
+    "bench": GROUND | {
+        "anatomy", "families", "forecasts", "meters", "models", "profiler", "pruning", "simulator", "stacks", "tasks",
+        "tracing",
     },
-    "figures": GROUND | {"store", "asked"},
-    "reports": GROUND | {"store", "figures", "asked"},
+    "runner": GROUND | {"anatomy", "bench", "families", "forecasts", "meters", "models", "pruning", "tasks"},
+    "figures": GROUND | {"telling"},
+    "reports": GROUND | {"figures", "telling"},
     "analysis": GROUND | {
-        "store", "simulator", "runner", "families", "meters", "profiler", "pruning", "tasks", "anatomy", "stacks",
-        "asked",
+        "anatomy", "bench", "families", "forecasts", "gpus", "meters", "models", "profiler", "pruning", "runner",
+        "simulator", "snapshots", "stacks", "tasks", "telling", "tracing",
     },
-    "tuning": GROUND | {"store", "runner", "analysis", "families", "pruning", "tasks", "meters", "simulator"},
-    "cli": {"*"}, "__main__": {"cli"},
+    "tuning": GROUND | {
+        "analysis", "bench", "families", "gpus", "meters", "models", "pruning", "runner", "tasks", "telling",
+    },
+    "calls": GROUND | {"anatomy", "bench", "families", "meters", "models", "profiler", "pruning"},
+    "predicted": GROUND | {"bench", "families", "forecasts", "gpus", "meters", "models", "pruning"},
+    "profiles": GROUND | {"analysis", "figures", "reports", "telling"},
+    "api": GROUND | {
+        "analysis", "calls", "families", "gpus", "models", "predicted", "profiler", "profiles", "pruning", "runner",
+        "stacks", "tasks",
+    },
+    "execution": GROUND | {"calls", "catching", "models", "profiler", "pruning", "telling"},
+    "testing": GROUND | {"api", "execution", "models", "profiles", "telling"},
+    "harness": GROUND | {"calls"},
+    "notebook": GROUND | {"api"},
+    "cli": {"*"}, "__main__": {"cli", "stopping"},
 }  # fmt: skip
-NO_TORCH = GROUND | {"asked", "store", "tasks", "figures", "reports"}
+NO_TORCH = (GROUND | {"gpus", "tasks", "telling", "figures", "reports", "snapshots"}) - {"forks", "host"}
 
 
 def imports(path: Path, *, top_level: bool) -> set[str]:
@@ -82,7 +107,11 @@ def test_readers_know_no_torch(path: Path) -> None:
     assert not {m.split(".")[0] for m in imports(path, top_level=False)} & {"torch", "transformers"}
 
 
-@pytest.mark.parametrize("words", ["--help", "--version", "list", "run --help", "report --help", "ask --help"])
+HELPED = ("run", "report", "exec", "ask", "snapshot", "oom")
+LIGHT = ["--help", "--version", "list", *(f"{name} --help" for name in HELPED)]
+
+
+@pytest.mark.parametrize("words", LIGHT)
 def test_light_commands_load_no_torch(words: str) -> None:
     code = (
         "import sys\nfrom memprof.cli import main\n"
@@ -93,8 +122,24 @@ def test_light_commands_load_no_torch(words: str) -> None:
     assert done.returncode == 0, done.stderr
 
 
+def test_a_named_model_is_known_without_torch() -> None:
+    code = (
+        "import sys\nfrom memprof.models.find import find, named\n"
+        "assert all(model.layers and model.hidden and model.ffn and model.kv_numbers for model in named().values())\n"
+        "model = find('internvl2-2b')\nshape = model.family.shape(model, 1600, 1200, 53)\n"
+        "assert shape.visual_tokens == 13 * 256\n"
+        "heavy = {'torch', 'transformers', 'huggingface_hub'} & set(sys.modules)\nassert not heavy, heavy"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+
+
 def test_public_surface_is_frozen() -> None:
-    assert memprof.__all__ == ["Profiler", "__version__"]
+    assert set(memprof.__all__) == {
+        "Profile", "Profiler", "__version__", "fits", "predict", "profile", "prune", "read", "run", "spec",
+        "weightless",
+    }  # fmt: skip
+    assert all(callable(getattr(memprof, name)) for name in memprof.__all__ if name != "__version__")
     from memprof.cli import commands
 
-    assert set(commands()) >= {"ask", "doctor", "list", "plot", "report", "run", "snapshot"}
+    assert set(commands()) >= {"ask", "doctor", "list", "oom", "plot", "report", "run", "snapshot"}

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import threading
 from typing import Any
 
 import pytest
@@ -7,10 +8,11 @@ import torch
 from tiny import families, state_of, tiny_model, tiny_prompt
 from torch import nn
 
-from memprof import Profiler, scopes
-from memprof.profiler import cache_tensors, storage_bytes
+from memprof import scopes
+from memprof.bench.generate import place
+from memprof.errors import MemprofError
+from memprof.profiler import Profiler, cache_tensors, storage_bytes
 from memprof.records import PARTS
-from memprof.runner import place
 
 
 def profiled(model: Any, prompt: Any, tokens: int = 4, **how: Any) -> Profiler:
@@ -122,3 +124,76 @@ def test_a_language_model_without_vision() -> None:
         model.generate(torch.tensor([[1, 2, 3]]), max_new_tokens=3, do_sample=False, attention_mask=torch.ones(1, 3))
     assert len(profiler.tokens) == 3
     assert profiler.reading.vision_peak_bytes in (0, profiler.meter.static_bytes)
+
+
+@pytest.mark.parametrize(
+    "how", [{"prefill_chunk_size": 4}, {"prompt_lookup_num_tokens": 2}], ids=["chunked prefill", "prompt lookup"]
+)
+def test_forwards_that_are_not_tokens_are_refused_by_name(how: dict[str, Any]) -> None:
+    kind, card, model = tiny_model(families()[0])
+    before = state_of(model)
+    with pytest.raises(MemprofError, match="a forward is not a token"):
+        profiled(model, tiny_prompt(kind, card), **how)
+    assert state_of(model) == before
+    assert len(profiled(model, tiny_prompt(kind, card)).tokens) == 4
+
+
+def test_assisted_decoding_is_refused_by_name() -> None:
+    kind, card, model = tiny_model(families()[0])
+    with pytest.raises(MemprofError, match="a forward is not a token"):
+        profiled(model, tiny_prompt(kind, card), assistant_model=model.__class__(model.config).eval())
+
+
+def test_inference_mode_is_refused_by_name() -> None:
+    kind, card, model = tiny_model(families()[0])
+    with pytest.raises(MemprofError, match="no_grad"), torch.inference_mode():
+        profiled(model, tiny_prompt(kind, card))
+
+
+def test_a_cache_made_in_advance_counts_what_is_filled() -> None:
+    kind, card, model = tiny_model(families()[0])
+    prompt = tiny_prompt(kind, card)
+    usual = profiled(model, prompt).kv_tokens
+    assert profiled(model, prompt, cache_implementation="static").kv_tokens == usual
+
+
+def test_what_a_thread_dies_of_is_nothing_to_another() -> None:
+    kind, card, model = tiny_model(families()[0])
+    before, seen = state_of(model), list[BaseException]()
+
+    def fails() -> None:
+        try:
+            with Profiler(model):
+                scopes.push("mlp", "somewhere")
+                raise ValueError("of its own")
+        except ValueError as error:
+            seen.append(error)
+
+    thread = threading.Thread(target=fails)
+    thread.start()
+    thread.join()
+    assert len(seen) == 1
+    assert (state_of(model), scopes.depth()) == (before, 1)
+    assert len(profiled(model, tiny_prompt(kind, card)).tokens) == 4
+
+
+def test_a_window_belongs_to_its_thread() -> None:
+    kind, card, model = tiny_model(families()[0])
+    before, said = state_of(model), list[str]()
+
+    def generates() -> None:
+        for act in (lambda: profiled(model, tiny_prompt(kind, card)),
+                    lambda: model.generate(**place(tiny_prompt(kind, card), model), max_new_tokens=2)):  # fmt: skip
+            try:
+                act()
+            except MemprofError as error:
+                said.append(str(error))
+
+    with Profiler(model):
+        thread = threading.Thread(target=generates)
+        thread.start()
+        thread.join()
+    assert len(said) == 2
+    assert "another thread profiles this model" in said[0]
+    assert "another thread than the profiler's window" in said[1]
+    assert state_of(model) == before

@@ -1,17 +1,15 @@
 from __future__ import annotations
 
-import dataclasses
-
 import pytest
 import torch
 from tiny import families, state_of, tiny_card, tiny_model, tiny_prompt
 
+from memprof.bench.generate import place, profile_prompt
 from memprof.errors import UnknownName
 from memprof.families import FAMILIES
-from memprof.families._build import build_model
 from memprof.meters import meter_for
+from memprof.models.build import build_model
 from memprof.pruning import build_pruner
-from memprof.runner import place, profile_prompt
 from memprof.stacks import Stack
 
 
@@ -21,8 +19,8 @@ def test_paper_stack_makes_the_logits_of_all_positions_twice(family: str, device
     """In bfloat16 with a large vocabulary the peak is the logits: 2 bytes a number, and 4 more of their copy."""
     kind = FAMILIES.load(family)()
     card = tiny_card(kind)
-    card = dataclasses.replace(card, text={**card.text, "vocab_size": 20_000})
-    model = build_model(kind, card, device=device, dtype="bfloat16")
+    card = card.but(text={"vocab_size": 20_000})
+    model = build_model(card, device=device, dtype="bfloat16")
     prompt = tiny_prompt(kind, card)
     meter = meter_for(model)
     outcomes = {
@@ -31,8 +29,8 @@ def test_paper_stack_makes_the_logits_of_all_positions_twice(family: str, device
     }
     expected = prompt.shape.length * 20_000 * 6
     slack = 2 * 2**20 if device == "sim" else 0  # a block keeps a rest of up to 1 MiB, too little to split off
-    assert expected <= outcomes["paper"]["peak_parts"]["logits"] <= expected + slack
-    assert outcomes["current"]["peak_parts"]["logits"] < expected / 3
+    assert expected <= outcomes["paper"].fullest.peak_parts["logits"] <= expected + slack
+    assert outcomes["current"].fullest.peak_parts["logits"] < expected / 3
 
 
 def test_hooks_are_taken_back() -> None:

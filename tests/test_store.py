@@ -197,3 +197,85 @@ def test_a_shard_that_is_there_twice_is_refused(tmp_path: Path) -> None:
         find_runs([tmp_path])
     found = find_runs([tmp_path / "a", tmp_path / "b", tmp_path / "b"])  # named twice is not there twice
     assert [s.id for s in found[0].samples] == ["a", "b"]
+
+
+# -- damage ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """A run of one sample."""
+    with RunFolder.open(tmp_path / "r", record()) as made:
+        made.append(sample("a"))
+    return tmp_path / "r"
+
+
+def without(file: Path, *keys: str) -> str:
+    data = json.loads(file.read_text())
+    inner = data
+    for key in keys[:-1]:
+        inner = inner[key]
+    del inner[keys[-1]]
+    return json.dumps(data) + "\n"
+
+
+def but(file: Path, value: object, *keys: str) -> str:
+    data = json.loads(file.read_text())
+    inner = data
+    for key in keys[:-1]:
+        inner = inner[key]
+    inner[keys[-1]] = value
+    return json.dumps(data) + "\n"
+
+
+DAMAGE = {
+    "run.json": {
+        "a list": lambda _: "[]", "nothing": lambda _: "", "empty": lambda _: "{}", "a number": lambda _: "7",
+        "bad bytes": lambda _: b"\xff\xfe{", "half": lambda f: f.read_text()[:40],
+        "no spec": lambda f: without(f, "spec"), "no model": lambda f: without(f, "spec", "model"),
+        "a spec that is none": lambda f: but(f, [], "spec"), "words for bytes": lambda f: but(f, "x", "static_bytes"),
+        "a status there is not": lambda f: but(f, "guessed", "status"),
+        "words for a schema": lambda f: but(f, "x", "schema"), "very deep": lambda _: "[" * 100_000,
+    },
+    "samples.jsonl": {
+        "a list": lambda _: "[]\n", "bad bytes": lambda _: b"\xff\xfe\n", "no id": lambda f: without(f, "id"),
+        "tokens that are none": lambda f: but(f, [1], "tokens"), "words in a column":
+        lambda f: but(f, ["x"], "tokens", "peak_allocated_bytes"), "a holder that is none":
+        lambda f: but(f, [3], "peak_holders"), "half a number": lambda f: but(f, 1.5, "dynamic_peak_bytes"),
+    },
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("name", "kind"), [(name, kind) for name, kinds in DAMAGE.items() for kind in kinds])
+def test_what_is_damaged_is_refused_in_one_line(name: str, kind: str, folder: Path) -> None:
+    made = DAMAGE[name][kind](folder / name)
+    (folder / name).write_bytes(made if isinstance(made, bytes) else made.encode())
+    with pytest.raises(DataError) as raised:
+        read_run(folder)
+    assert str(folder / name) in str(raised.value)
+    assert "\n" not in str(raised.value)
+
+
+def test_what_another_process_wrote_in_between_is_not_lost(tmp_path: Path) -> None:
+    mine = RunFolder.open(tmp_path / "r", record())
+    with RunFolder.open(tmp_path / "r", record()) as theirs:
+        theirs.append(sample("a"))
+    with pytest.raises(UsageError, match="in between"), mine:
+        pass
+    assert [s.id for s in read_run(tmp_path / "r").samples] == ["a"]
+    with RunFolder.open(tmp_path / "r", record(), resume=True) as free:
+        assert free.done == {"a"}
+
+
+def test_columns_that_a_record_lacks_are_unknown_or_damage() -> None:
+    """What no driver was asked and no clock timed is not known; bytes that are missing are no record."""
+    whole = SampleRecord(id="a", tokens=TokenColumns([3, 2], [2, 2], [4, 4], [1, 1], [5, 5], [0.1, 0.1])).to_json()
+    for name in ("device_used_bytes", "seconds"):
+        without = {**whole, "tokens": {key: value for key, value in whole["tokens"].items() if key != name}}
+        read = SampleRecord.from_json(without)
+        read.check()
+        assert getattr(read.tokens, name) == [None, None]
+    for name in ("allocated_bytes", "reserved_bytes", "kv_bytes"):
+        without = {**whole, "tokens": {key: value for key, value in whole["tokens"].items() if key != name}}
+        with pytest.raises(ValueError, match=rf"tokens.{name} has 0 entries"):
+            SampleRecord.from_json(without).check()

@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 
 from memprof.errors import BadValue
-from memprof.units import GIB, MIB, check_unit, format_bytes, parse_bytes, unit_for
+from memprof.units import GIB, MIB, check_unit, format_bytes, parse_bytes, say_bytes, unit_for
 
 
 @pytest.mark.parametrize(
@@ -30,6 +30,8 @@ def test_what_could_be_misread_is_refused(text: str) -> None:
 def test_the_unit_stands_beside_the_number() -> None:
     assert format_bytes(4_411_509_760) == "4.109 GiB"
     assert format_bytes(4_411_509_760, "GB", 2) == "4.41 GB"
+    said = {0: "0 B", 512: "512 B", 27_136: "26.5 KiB", 2 * MIB: "2.0 MiB", 4_411_509_760: "4.109 GiB"}
+    assert {n_bytes: say_bytes(n_bytes) for n_bytes in said} == said
     with pytest.raises(BadValue, match="GiB, GB"):
         check_unit("G")
 

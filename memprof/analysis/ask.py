@@ -6,33 +6,36 @@ so and does not make up for it: a prediction has neither, random weights have no
 
 from __future__ import annotations
 
-import dataclasses
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import torch
-
+from memprof import files
 from memprof.asked import Answer, Asked, Cut, Grid
+from memprof.bench import Bench
+from memprof.bench.outcome import release
 from memprof.environment import environment
-from memprof.errors import DataError, MemprofError, UsageError
-from memprof.families import Card, PromptShape
+from memprof.errors import DataError, UsageError
+from memprof.families import Model
+from memprof.forecasts import BESIDE
 from memprof.meters import METERS
+from memprof.models.find import SHIPPED
 from memprof.plugins import split_spec
+from memprof.prompts import Image as Shown
+from memprof.prompts import Prompt
 from memprof.pruning import build_pruner, visual_flops_cut
 from memprof.records import Run, RunRecord, RunSpec, SampleRecord
-from memprof.runner import SHIPPED, Bench, Prompt, make_prompt, release
+from memprof.runner import Complete, ran_out
 from memprof.tasks import Sample
+from memprof.tasks._pictures import in_rgb, opened, reason
 
 if TYPE_CHECKING:
     from PIL.Image import Image
 
 #: Called before each method with its spec.
 Progress = Callable[[str], None]
-#: A program is made for several shapes at once; these lie beside the one asked for, in tokens of text.
-_BESIDE = range(0, 24, 4)
 
 
 @dataclass(frozen=True)
@@ -56,28 +59,27 @@ def open_picture(path: Path) -> Image:
     Raises:
         DataError: No such file, or not a picture.
     """
-    from PIL import Image, ImageOps
+    from PIL import ImageOps
 
     if not path.is_file():
-        raise DataError(f"{path} is {'a folder' if path.is_dir() else 'not there'}; the picture must be a file")
+        raise DataError(f"{path} is {files.kind_of(path)}; the picture must be a file")
     try:
-        with Image.open(path) as opened:
-            return ImageOps.exif_transpose(opened).convert("RGB")
+        return in_rgb(ImageOps.exif_transpose(opened(files.read_bytes(path))))
+    except DataError:
+        raise
     except Exception as error:  # decoders raise almost anything on broken input
-        unknown = type(error).__name__ == "UnidentifiedImageError"
-        reason = "not a picture Pillow knows" if unknown else " ".join(str(error).split())
-        raise DataError(f"{path} cannot be read: {reason}") from None
+        raise DataError(f"{path} cannot be read: {reason(error)}") from None
 
 
 def ask(
-    specs: Sequence[RunSpec], picture: Image, question: str, name: str, *, progress: Progress | None = None
+    asked: Sequence[Complete], picture: Image, question: str, name: str, *, progress: Progress | None = None
 ) -> Asked:
-    """Ask ``question`` about ``picture`` under each of ``specs``.
+    """Ask ``question`` about ``picture`` under each of ``asked``.
 
     A method that fails leaves its reason in its sample, and the others go on.
 
     Args:
-        specs: Complete (:func:`memprof.runner.complete_spec`), one a method; they differ in nothing else.
+        asked: Specs as :func:`memprof.runner.complete_spec` gives them, one a method; they differ in nothing else.
         picture: In RGB.
         question: What is asked, without a chat template.
         name: Of the picture's file.
@@ -90,83 +92,90 @@ def ask(
     """
     if not question.strip():
         raise UsageError("the prompt is empty; ask something about the picture")
-    specs = sorted(specs, key=lambda spec: split_spec(spec.method)[0] != "baseline")
-    bench = Bench(specs[0])
-    untrained = bench.weights == "random"
+    asked = sorted(asked, key=lambda one: split_spec(one.spec.method)[0] != "baseline")
+    specs, bench = [one.spec for one in asked], Bench(asked[0].setup)
+    model, untrained = bench.model, bench.setup.weights == "random"
     # A rough count, where only a tokenizer could tell: random weights bring none.
     tokens = math.ceil(len(question.encode()) / 4) if untrained else None
     sample = Sample(name, *picture.size, question, tokens, (), None, Opened(picture))
     prompt = _prompt(bench, specs[0], sample)
     answers = []
-    for spec in specs:
+    for one in asked:
         if progress is not None:
-            progress(spec.method)
-        answers.append(_answer(bench, spec, sample, prompt, untrained=untrained))
-    shape = prompt.shape if isinstance(prompt, Prompt) else prompt
-    pixels = prompt.pixels if isinstance(prompt, Prompt) else None
+            progress(one.spec.method)
+        answers.append(_answer(bench.set_up(one.setup), one, sample, prompt, untrained=untrained))
+    (image,), pixels = prompt.shape.images, prompt.inputs.get("pixel_values")
+    grid = _grid(image)
+    if grid is None or pixels is None or pixels.values is None:
+        tiles = None
+    else:
+        tiles = model.family.seen(model, image, pixels.values)
     return Asked(
         question=question,
         image=name,
         picture=picture,
-        model=bench.card.title,
-        weights=_whose(specs[0], bench.card),
-        grid=Grid(shape.columns, shape.rows, shape.tiles > shape.columns * shape.rows, bench.family.side(bench.card)),
-        tiles=None if pixels is None or isinstance(pixels, tuple) else bench.family.seen(pixels),
+        model=model.title,
+        weights=_whose(specs[0], model),
+        grid=grid,
+        tiles=tiles,
         answers=answers,
         notes=_notes(specs, answers, tokens),
     )
 
 
-def _prompt(bench: Bench, spec: RunSpec, sample: Sample) -> Prompt | PromptShape:
+def _grid(image: Shown) -> Grid | None:
+    """How the visual tokens of ``image`` lie, where that is a grid: one view, or views that are alike."""
+    if len(set(image.grids)) > 1 or image.tiles != len(image.grids):
+        return None
+    return Grid(image.columns, image.rows, image.thumbnail, *image.grids[0])
+
+
+def _prompt(bench: Bench, spec: RunSpec, sample: Sample) -> Prompt:
     """What all methods are given: its sizes where nothing runs; random text about the picture for random weights."""
-    prompt = bench.prompt(spec, sample)
-    if isinstance(prompt, PromptShape) and METERS.load(spec.device).status == "measured":
-        return make_prompt(bench.family, bench.card, prompt, image=sample.image(), seed=spec.seed)
+    prompt = bench.prompt(sample, spec.max_tiles)
+    if prompt.ids is None and not bench.predicts:
+        return bench.model.family.drawn(bench.model, prompt.shape, spec.seed, [sample.image()])
     return prompt
 
 
-def _answer(bench: Bench, spec: RunSpec, sample: Sample, prompt: Prompt | PromptShape, *, untrained: bool) -> Answer:
+def _answer(bench: Bench, asked: Complete, sample: Sample, prompt: Prompt, *, untrained: bool) -> Answer:
     """One method's answer."""
-    pruner, text = build_pruner(spec.method, spec.stack), bench.card.text
-    layers, shape = int(text["num_hidden_layers"]), prompt.shape if isinstance(prompt, Prompt) else prompt
-    meter = bench.ready(spec)[1]
-    if isinstance(prompt, PromptShape):
-        bench.foresee(spec, pruner, [dataclasses.replace(shape, after=shape.after + more) for more in _BESIDE])
-    found = SampleRecord(
-        sample.id, width=sample.width, height=sample.height, tiles=shape.tiles, visual_tokens=shape.visual_tokens,
-        text_tokens=shape.text_tokens,
-    )  # fmt: skip
-    record = RunRecord(spec, METERS.load(spec.device).status, layers=layers, data_label=sample.id, complete=True)
+    spec, pruner, _, _ = asked
+    model, shape, device = bench.model, prompt.shape, bench.standing(pruner, spec.stack).device
+    if prompt.ids is None:
+        bench.foresee(asked.ask(shape.longer(more)) for more in BESIDE)
+    found = SampleRecord(sample.id, width=sample.width, height=sample.height).of_prompt(shape)
+    record = RunRecord(spec, METERS.load(spec.device).status, layers=model.layers, data_label=sample.id, complete=True)
     kept: list[list[int]] | None = None
     try:
         if spec.device == "cuda":  # so that workspaces that stay count as static, and kernels are loaded
-            bench.outcome(dataclasses.replace(spec, max_new_tokens=2), pruner, prompt, spec.seed)
+            bench.outcome(asked.ask(prompt, new_tokens=2))
         release(spec.device)
-        record.static_bytes = meter.static_bytes
-        outcome = bench.outcome(spec, pruner, prompt, spec.seed)
-        found, kept = dataclasses.replace(found, **outcome.memory), outcome.kept
+        record.static_bytes = bench.standing(pruner, spec.stack).static_bytes
+        outcome = bench.outcome(asked.ask(prompt))
+        found, kept = found.with_memory(outcome.memory), outcome.kept
+        if outcome.refused is not None:
+            found.status, found.error = "oom", outcome.refused
         if outcome.tokens is not None and not untrained:
             found.answer = bench.tokenizer.decode(outcome.tokens).strip()
-    except torch.cuda.OutOfMemoryError as error:
-        found.status, found.error = "oom", str(error).partition("\n")[0]
-    except (MemprofError, RuntimeError, ValueError) as error:
-        found.status, found.error = "failed", str(error).partition("\n")[0]
+    except Exception as error:
+        found.status, found.error = "oom" if ran_out(error) else "failed", str(error).partition("\n")[0]
     if found.ok:
         record.visual_flops_cut = visual_flops_cut(
-            found.kept_visual_tokens, shape.visual_tokens, text["hidden_size"], text["intermediate_size"]
+            found.kept_visual_tokens, shape.visual_tokens, model.hidden, model.ffn
         )
-    record.environment = environment() | {"dtype": spec.dtype, **meter.environment()}
-    record.notes = meter.notes()
-    stages = pruner.stages(shape.visual_tokens, layers)
-    cuts = [Cut(stage.layer, stage.kept, kept[i] if kept else None) for i, stage in enumerate(stages)]
+    record.environment = environment() | {"dtype": spec.dtype, **device}
+    record.notes = bench.notes()
+    stages = pruner.stages(shape.visual_tokens, model.layers)
+    cuts = [Cut(stage.layer, stage.tokens, kept[i] if kept else None) for i, stage in enumerate(stages)]
     return Answer(Run(record, [found]), cuts, pruner.mask_only)
 
 
-def _whose(spec: RunSpec, card: Card) -> str:
+def _whose(spec: RunSpec, model: Model) -> str:
     """Whose weights answered."""
     if spec.weights == SHIPPED:
         return "the weights that come with memprof"
-    return {"random": "random weights", "hub": f"weights of {card.hub}"}.get(spec.weights, f"weights {spec.weights}")
+    return {"random": "random weights", "hub": f"weights of {model.hub}"}.get(spec.weights, f"weights {spec.weights}")
 
 
 def _notes(specs: Sequence[RunSpec], answers: Sequence[Answer], tokens: int | None) -> list[str]:
@@ -186,6 +195,7 @@ def _notes(specs: Sequence[RunSpec], answers: Sequence[Answer], tokens: int | No
             notes.append(f"random weights: what {' and '.join(dict.fromkeys(looking))} kept follows from noise")
     if tokens is not None:
         notes.append(
-            f"the prompt is taken to be {tokens} tokens, one for every four bytes: random weights bring no tokenizer"
+            f"the prompt is taken to be {tokens} token{'s' * (tokens != 1)}, one for every four bytes: "
+            "random weights bring no tokenizer"
         )
     return [*notes, *dict.fromkeys(note for one in answers for note in one.run.record.notes)]

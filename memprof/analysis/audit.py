@@ -14,17 +14,21 @@ from typing import Any
 
 from torch import nn
 
-from memprof.analysis.holders import is_map
+from memprof.bench import Bench
+from memprof.bench.generate import place
 from memprof.errors import DataError, GateFailed, UsageError
-from memprof.families import Card
+from memprof.families import Model
 from memprof.meters import Meter, meter_for
+from memprof.models import find
 from memprof.profiler import Profiler, cache_tensors, storage_bytes
+from memprof.prompts import Prompt
 from memprof.pruning import Pruner, build_pruner, visual_tokens_per_layer
 from memprof.pruning.surgery import Surgery
 from memprof.records import Holder, Run, RunSpec, SampleRecord
-from memprof.runner import Bench, Prompt, complete_spec, make_prompt, model_of, place
+from memprof.runner import complete_spec
 from memprof.simulator.trace import Trace
 from memprof.stacks import Stack
+from memprof.telling.holders import is_map
 
 _LAYER = re.compile(r"\.(?:layers|h|blocks)\.(\d+)\.")
 
@@ -215,14 +219,14 @@ def audit_run(run: Run) -> Report:
         raise DataError(f"{run.path or 'the run'} has no finished sample to audit")
     spec = run.record.spec
     pruner = build_pruner(spec.method, spec.stack)
-    _, card = model_of(spec)
-    cases = [_recorded(sample, pruner, card, spec) for sample in run.finished]
-    return _report(f"{spec.method} on {card.title} ({run.record.status})", cases)
+    model = find.of_run(run.record)
+    cases = [_recorded(sample, pruner, model, spec) for sample in run.finished]
+    return _report(f"{spec.method} on {model.title} ({run.record.status})", cases)
 
 
-def _recorded(sample: SampleRecord, pruner: Pruner, card: Card, spec: RunSpec) -> Evidence:
+def _recorded(sample: SampleRecord, pruner: Pruner, model: Model, spec: RunSpec) -> Evidence:
     layers = len(sample.kv_tokens_found)
-    each = _bytes_a_token(card, spec.dtype)
+    each = _bytes_a_token(model, spec.dtype) * (sample.shape.batch if sample.shape is not None else 1)
     maps = _maps_at_peak(sample.peak_holders, allowed=_hold(pruner))
     return Evidence(
         prompt=sample.id,
@@ -240,13 +244,9 @@ def _plan(pruner: Pruner, visual: int, text: int, layers: int) -> list[int]:
     return [text + n for n in visual_tokens_per_layer(pruner.stages(visual, layers), visual, layers)]
 
 
-def _bytes_a_token(card: Card, dtype: str) -> int:
+def _bytes_a_token(model: Model, dtype: str) -> int:
     """KV bytes of one token in one layer."""
-    text = card.text
-    head = text.get("head_dim") or text["hidden_size"] // text["num_attention_heads"]
-    return int(2 * text.get("num_key_value_heads", text["num_attention_heads"]) * head) * (
-        4 if dtype == "float32" else 2
-    )
+    return 2 * model.kv_numbers * (4 if dtype == "float32" else 2)
 
 
 def _hold(pruner: Pruner) -> int:
@@ -293,13 +293,13 @@ def audit_method(model_name: str, method: str, device: str = "sim", stack: str =
         stack: ``current`` or ``paper``.
     """
     asked = RunSpec(model_name, method, "ai2d", device, stack, max_new_tokens=2)
-    _, card = model_of(asked)
-    spec, pruner, _ = complete_spec(dataclasses.replace(asked, dtype=card.dtype))
-    bench = Bench(spec)
-    model, meter = bench.ready(spec)
-    shape = bench.family.shape(bench.card, 896, 448, 30, None)
-    prompt = make_prompt(bench.family, bench.card, shape)
-    return audit_pruner(model, pruner, prompt, stack=stack, meter=meter, subject=f"{spec.method} on {card.title}")
+    known = find.model_of(asked)
+    done = complete_spec(dataclasses.replace(asked, dtype=known.dtype))
+    bench = Bench(done.setup)
+    model, meter = bench.ready()
+    prompt = bench.written(done.ask(known.family.shape(known, 896, 448, 30)))
+    subject = f"{done.spec.method} on {known.title}"
+    return audit_pruner(model, done.pruner, prompt, stack=stack, meter=meter, subject=subject)
 
 
 def audit_pruner(
@@ -312,13 +312,14 @@ def audit_pruner(
     subject: str = "",
 ) -> Report:
     """Audit ``pruner`` as memprof's surgery carries it out on ``model`` and ``prompt``."""
-    with Stack(model, stack), Surgery(model, pruner, prompt.layout):
+    assert prompt.places is not None
+    with Stack(model, stack), Surgery(model, pruner, prompt.places):
         watch = _Watch(model, meter or meter_for(model), _hold(pruner))
         with watch:
             inputs = place(prompt, model)
             _generate(model, watch.meter, inputs)
     planned = _plan(pruner, prompt.shape.visual_tokens, prompt.shape.text_tokens, len(watch.found))
-    return _report(subject or pruner.title, [watch.evidence("prompt", len(prompt.ids), planned)])
+    return _report(subject or pruner.title, [watch.evidence("prompt", prompt.places.length, planned)])
 
 
 def audit_generate(
@@ -422,7 +423,8 @@ def _maps_in(trace: Trace, layers: Sequence[str], allowed: int) -> list[KeptMap]
         if layer is None:
             continue
         late |= {slot: layer for slot, own in alive.items() if layer > own + allowed}
-        if _looks_like_map(trace.shapes[event]):
+        # Keys of fewer tokens than a head has numbers are shaped like a map, and are none.
+        if _looks_like_map(trace.shapes[event]) and trace.parts[event] in ("attention", "other"):
             alive[event] = layer
     own = {slot: layer for slot in {*late, *alive} if (layer := layer_of(slot)) is not None}
     return [

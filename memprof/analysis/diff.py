@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from memprof.allowance import Allowance
 from memprof.errors import UsageError
 from memprof.records import PARTS, Holder, Run, SampleRecord
 
@@ -16,6 +17,7 @@ _SAID = {
     "model": "models", "task": "tasks", "data": "data", "stack": "stacks", "device": "devices", "dtype": "dtypes",
     "attention": "attention kernels", "weights": "weights", "max_tiles": "tile limits",
     "max_new_tokens": "numbers of new tokens", "gpu": "cards",
+    "images": "images in a prompt", "batch": "prompts side by side",
 }  # fmt: skip
 _COLUMNS = ("peak_allocated_bytes", "allocated_bytes", "kv_bytes", "reserved_bytes")
 _NUMBER = re.compile(r"\.\d+(?=\.|$)")
@@ -134,6 +136,67 @@ def diff(a: Run, b: Run) -> Difference:
         mean_change=sum(changes) / len(changes) if changes else None,
         said=_said(a, b, one, other),
     )
+
+
+@dataclass(frozen=True)
+class Growth:
+    """What one sample, or the weights, take more of in another run than is allowed.
+
+    Attributes:
+        what: ``static``, or ``dynamic peak``.
+        sample: The sample's id; None of what is static, which is of no sample.
+        a, b: Bytes before and after; ``b`` is None where the sample did not finish.
+        reason: Why it did not.
+    """
+
+    what: str
+    sample: str | None
+    a: int
+    b: int | None
+    reason: str | None = None
+
+    @property
+    def change(self) -> int | None:
+        """B minus A in bytes, or None where B did not finish."""
+        return None if self.b is None else self.b - self.a
+
+
+def growth(a: Run, b: Run, allowed: Allowance) -> list[Growth]:
+    """What grew from ``a`` to ``b`` by more than is ``allowed``, the largest first; samples that did not finish first.
+
+    Held to it are the static bytes, and apart from them the dynamic peak of every sample that is in both runs: weights
+    are large, and a share of both together would let what runs above them double unseen. Of runs of different
+    data it is each one's highest sample. A sample that finished in ``a`` alone has outgrown any allowance.
+
+    Raises:
+        UsageError: A run has no sample at all.
+    """
+    if not a.finished or not b.samples:
+        empty = b if a.finished else a
+        raise UsageError(f"{empty.path or 'a run'} has no finished sample, so there is nothing to hold it to")
+    found = []
+    if allowed.exceeded(a.record.static_bytes, b.record.static_bytes):
+        found.append(Growth("static", None, a.record.static_bytes, b.record.static_bytes))
+    for before, after in _held_to(a, b):
+        was, now = before.dynamic_peak_bytes, after.dynamic_peak_bytes
+        if not after.ok:
+            found.append(Growth("dynamic peak", before.id, was, None, after.error or after.status))
+        elif allowed.exceeded(was, now):
+            found.append(Growth("dynamic peak", before.id, was, now))
+    return sorted(found, key=lambda grown: (grown.b is not None, -(grown.change or 0)))
+
+
+def _held_to(a: Run, b: Run) -> list[tuple[SampleRecord, SampleRecord]]:
+    """Each sample of ``a`` beside the one of its name in ``b``; of other data, the highest of each.
+
+    A prompt that became longer is the same sample: that is one of the ways to grow.
+    """
+    x, y = a.record.spec, b.record.spec
+    there = {s.id: s for s in b.samples} if (x.task, x.data) == (y.task, y.data) else {}
+    pairs = [(s, there[s.id]) for s in a.finished if s.id in there]
+    if not pairs and a.highest is not None:
+        pairs = [(a.highest, b.highest or b.samples[0])]
+    return pairs
 
 
 def _same_prompts(a: Run, b: Run) -> bool:

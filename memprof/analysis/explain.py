@@ -11,14 +11,21 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
-from memprof.analysis.holders import leading_part, words_for
 from memprof.analysis.whatif import COUNTERFACTUALS, Benches, Change, all_exact, floor
 from memprof.errors import DataError, MemprofError, UnknownName
-from memprof.families import PromptShape
+from memprof.families import Model
+from memprof.forks import shared
+from memprof.models import find
+from memprof.plugins import split_spec
+from memprof.prompts import Shape
 from memprof.pruning import build_pruner, method_name
-from memprof.records import PARTS, Holder, Run, SampleRecord
-from memprof.runner import model_of
+from memprof.records import ATTENTIONS, GIVEN, PARTS, Holder, Run, SampleRecord
+from memprof.telling.holders import leading_part, words_for
+from memprof.telling.palette import PART_LABELS, model_label
+from memprof.units import format_bytes, unit_for
 
+#: Dtypes of weights that are predicted.
+DTYPES = ("bfloat16", "float16", "float32")
 #: Called before each prediction with what is about to be predicted.
 Progress = Callable[[str], None]
 
@@ -101,6 +108,29 @@ class Explanation:
         """As plain dicts and lists, bytes as integers."""
         return dataclasses.asdict(self)
 
+    def __str__(self) -> str:
+        """The sentence, who holds it, what would lower it, and the notes: a line each."""
+        unit = unit_for(self.dynamic_peak_bytes)
+
+        def size(n_bytes: int) -> str:
+            return format_bytes(n_bytes, unit, 2)
+
+        held = sorted(((n, part) for part, n in self.parts.items() if n), reverse=True)
+        lowering = [answer for answer in self.answers if not answer.refused and answer.saved_bytes > 0]
+        return "\n".join(
+            [
+                sentence(self, size),
+                f"Held by ({self.status}): {', '.join(f'{PART_LABELS[part]} {size(n)}' for n, part in held)}.",
+                *(
+                    f"{answer.name}: {size(answer.dynamic_peak_bytes)}, {size(answer.saved_bytes)} less (predicted"
+                    f"{'' if answer.exact else '; may change answers'})."
+                    for answer in lowering
+                ),
+                *filter(None, [floor_sentence(self, size)]),
+                *(f"Note: {note}." for note in self.notes),
+            ]
+        )
+
 
 def explain(
     run: Run,
@@ -120,17 +150,18 @@ def explain(
         progress: Told of each prediction before it is made.
 
     Raises:
-        DataError: The run has no finished sample, or its prompt's sizes cannot be rebuilt.
+        DataError: The run has no finished sample, or the sizes of a task's prompt cannot be rebuilt. Where a model, or
+            a program's own prompt, cannot be predicted, a note says so.
         UnknownName: No finished sample is called so.
     """
     chosen = _sample(run, sample)
     spec, columns = run.record.spec, chosen.tokens
-    pruner = build_pruner(spec.method, spec.stack)
+    pruner, model = build_pruner(spec.method, spec.stack), _model_of(run)
     part = leading_part(chosen.peak_parts)
     token = chosen.peak_token
     used = columns.device_used_bytes[token] if token < len(columns.device_used_bytes) else None
     found = Explanation(
-        model=model_of(spec)[1].title,
+        model=model_label(spec.model) if isinstance(model, str) else model.title,
         method=pruner.title,
         spec=spec.to_json(),
         status=run.record.status,
@@ -154,25 +185,58 @@ def explain(
     )
     if not what_if:
         return found
-    now = Change(dataclasses.replace(spec, method=method_name(pruner)), pruner, prompt_shape(run, chosen))
+    why = model if isinstance(model, str) else _unpredictable(run, chosen)
+    if isinstance(model, str) or why:
+        return dataclasses.replace(found, notes=[f"what would lower it is not predicted: {why}"])
+    asked = dataclasses.replace(spec, method=method_name(pruner))
+    if spec.data == GIVEN:
+        asked.max_new_tokens = max(1, len(columns))  # this call's own
+    now = Change(asked, pruner, prompt_shape(run, chosen, model), model)
     return _answer(found, now, benches or Benches(), progress or (lambda _: None))
 
 
-def prompt_shape(run: Run, sample: SampleRecord) -> PromptShape:
-    """The sizes of a recorded sample's prompt.
+def _model_of(run: Run) -> Model | str:
+    """The run's model, or why a program's own cannot be predicted."""
+    try:
+        return find.of_run(run.record)
+    except MemprofError as error:
+        if run.record.spec.data != GIVEN:
+            raise
+        return str(error)
+
+
+def _unpredictable(run: Run, sample: SampleRecord) -> str | None:
+    """Why a program's own call cannot be predicted again, or None where it can."""
+    spec = run.record.spec
+    if spec.data != GIVEN:
+        return None
+    if sample.shape is None:
+        return "its inputs do not tell how its images stand in the prompt"
+    if spec.attention not in ATTENTIONS:
+        return f"its attention is {spec.attention}, and memprof predicts {' and '.join(ATTENTIONS)}"
+    if spec.dtype not in DTYPES:
+        return f"its weights are {spec.dtype}, and memprof predicts {', '.join(DTYPES)}"
+    if sample.shape.batch > 1 and split_spec(spec.method)[0] != "baseline":
+        return "pruning works on one prompt at a time"
+    return None
+
+
+def prompt_shape(run: Run, sample: SampleRecord, model: Model) -> Shape:
+    """The sizes of a recorded sample's prompt; where an earlier version left only sums, its image is cut once more.
 
     Raises:
         DataError: The record's visual tokens are not those of one image of its size.
     """
-    family, card = model_of(run.record.spec)
-    shape = family.shape(card, sample.width, sample.height, 0, run.record.spec.max_tiles)
+    if sample.shape is not None:
+        return sample.shape
+    shape = model.family.shape(model, sample.width, sample.height, 0, run.record.spec.max_tiles)
     if (shape.tiles, shape.visual_tokens) != (sample.tiles, sample.visual_tokens):
         raise DataError(
             f"sample {sample.id} has {sample.visual_tokens} visual tokens and one image of its size has "
             f"{shape.visual_tokens}; its prompt cannot be rebuilt (--no-what-if explains the record alone)"
         )
-    before = min(shape.before, sample.text_tokens)
-    return dataclasses.replace(shape, before=before, after=sample.text_tokens - before)
+    before = min(shape.text[0], sample.text_tokens)
+    return dataclasses.replace(shape, text=(before, sample.text_tokens - before))
 
 
 def sentence(found: Explanation, size: Callable[[int], str]) -> str:
@@ -196,7 +260,7 @@ def floor_sentence(found: Explanation, size: Callable[[int], str]) -> str | None
     least = found.floor
     if least.saved_bytes <= 0:
         return f"Pruning visual tokens lowers this peak no further at any share: {least.words} would hold it."
-    return f"No pruning of visual tokens gets below {size(least.dynamic_peak_bytes)}: there, {least.words} remains."
+    return f"No pruning of visual tokens gets below {size(least.dynamic_peak_bytes)}, which {least.words} would hold."
 
 
 def _sample(run: Run, name: str | None) -> SampleRecord:
@@ -213,13 +277,12 @@ def _sample(run: Run, name: str | None) -> SampleRecord:
 def _answer(found: Explanation, now: Change, benches: Benches, progress: Progress) -> Explanation:
     """``found`` with every counterfactual carried out."""
     progress("the run as it is")
-    base = benches.memory(now)["dynamic_peak_bytes"]
+    base = benches.memory(now).fullest.dynamic_peak_bytes
     changes = [change for counterfactual in COUNTERFACTUALS for change in counterfactual(now)]
     together, least = all_exact(now), floor(now)
     if together is not None:
         changes.append(together)
-    # One kind of attention after the other, so that a model is built once for each.
-    answers = [_carry_out(change, base, benches, progress) for change in sorted(changes, key=_attention_of)]
+    answers = _carry_out_all(changes, base, benches, progress)
     return dataclasses.replace(
         found,
         predicted_peak_bytes=base,
@@ -233,16 +296,32 @@ def _attention_of(change: Change) -> str:
     return change.spec.attention
 
 
+def _carry_out_all(changes: list[Change], base: int, benches: Benches, progress: Progress) -> list[Answer]:
+    """Every change, one kind of attention after the other, so that a model is built once for each.
+
+    What is entered on the model takes about as long to record as all else: a copy of this process does it meanwhile.
+    """
+
+    def carry_out(some: list[Change]) -> list[Answer]:
+        return [_carry_out(change, base, benches, progress) for change in sorted(some, key=_attention_of)]
+
+    entered, plain = [c for c in changes if c.around], [c for c in changes if not c.around]
+    if len({_attention_of(c) for c in changes}) > 1 or all(map(benches.knows, entered)):
+        return carry_out(changes)
+    found = {one.name: one for _, answers in shared(carry_out, [[], plain, entered]) for one in answers}
+    return [found[change.name] for change in changes]
+
+
 def _carry_out(change: Change, base: int, benches: Benches, progress: Progress) -> Answer:
     progress(change.name)
     try:
-        memory = benches.memory(change)
+        card = benches.memory(change).fullest
     except (MemprofError, RuntimeError, ValueError, TypeError, AttributeError) as error:
         return Answer(change.name, change.how, change.exact, refused=str(error).partition("\n")[0])
-    part = leading_part(memory["peak_parts"])
-    peak = int(memory["dynamic_peak_bytes"])
-    words = words_for(part, memory["peak_holders"])
-    return Answer(change.name, change.how, change.exact, peak, base - peak, part, words, memory["peak_phase"])
+    part = leading_part(card.peak_parts)
+    peak = card.dynamic_peak_bytes
+    words = words_for(part, card.peak_holders)
+    return Answer(change.name, change.how, change.exact, peak, base - peak, part, words, card.peak_phase)
 
 
 def _notes(found: Explanation, base: int) -> list[str]:

@@ -17,10 +17,11 @@ from typing import Any
 import torch
 from torch import nn
 
-from memprof.errors import UsageError
+from memprof.bench.generate import place
+from memprof.errors import MemprofError, UsageError
+from memprof.prompts import Places, Prompt
 from memprof.pruning import Pruner
-from memprof.pruning.surgery import Layout, Surgery
-from memprof.runner import Prompt, place
+from memprof.pruning.surgery import Surgery
 from memprof.stacks import Stack
 
 #: What a sample's record holds under ``fidelity``.
@@ -70,7 +71,7 @@ def fidelity(
     model: nn.Module,
     inputs: Mapping[str, Any],
     pruner: Pruner,
-    layout: Layout,
+    layout: Places,
     against: Reference,
     *,
     seed: int = 0,
@@ -95,15 +96,25 @@ def fidelity(
 
 
 def compare(against: Reference, log_probabilities: torch.Tensor) -> dict[str, float]:
-    """:data:`MEASURES` of the distributions ``(t, vocabulary)`` that a model had before each reference token."""
+    """:data:`MEASURES` of the distributions ``(t, vocabulary)`` that a model had before each reference token.
+
+    Raises:
+        MemprofError: A distribution is none, as logits were NaN or infinite; or the divergence is.
+    """
+    for whose, said in (("unpruned", against.log_probabilities), ("pruned", log_probabilities)):
+        if bool(said.isnan().any()):
+            raise MemprofError(f"the {whose} model's logits are NaN or infinite: nothing can be compared")
     total = len(against.tokens)
     p, q = against.log_probabilities.double(), log_probabilities.double()
     gap = torch.where(p == -math.inf, 0.0, p.exp() * (p - q))  # 0 log 0 = 0, and a -inf minus a -inf is no number
+    kl = float(gap.sum(1).mean())
+    if not math.isfinite(kl):
+        raise MemprofError("the KL divergence is infinite: pruning rules out a token that the unpruned model may write")
     same = log_probabilities.argmax(1) == against.tokens
     differs = (~same).nonzero()
     return {
         "agreement": float(same.double().mean()),
-        "kl": max(0.0, float(gap.sum(1).mean())),
+        "kl": max(0.0, kl),
         "first_divergence": float(differs[0]) if len(differs) else float(total),
         "exact": float(not len(differs)),
     }
@@ -127,6 +138,7 @@ class Judge:
         if self._model is None or self._model() is not model:
             self._model = weakref.ref(model)
             self._known.clear()
+        assert prompt.places is not None
         inputs, key = place(prompt, model), (sample, stack, new_tokens)
         with Stack(model, stack):
             against = self._known.get(key)
@@ -134,7 +146,7 @@ class Judge:
                 against = reference(model, inputs, new_tokens=new_tokens)
                 if sum(known.log_probabilities.nbytes for known in self._known.values()) < self._room:
                     self._known[key] = against
-            return fidelity(model, inputs, pruner, prompt.layout, against, seed=seed)
+            return fidelity(model, inputs, pruner, prompt.places, against, seed=seed)
 
 
 class _Listener:

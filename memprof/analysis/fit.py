@@ -3,27 +3,29 @@
 from __future__ import annotations
 
 import dataclasses
+import math
+from bisect import bisect_right
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
-from memprof.analysis.bracket import next_value
-from memprof.analysis.holders import leading_part, words_for
 from memprof.analysis.predicting import predicting
-from memprof.errors import BadValue, DoesNotFit
-from memprof.families import PromptShape
+from memprof.bench import Bench
+from memprof.bracket import next_value
+from memprof.errors import BadValue, DataError, DoesNotFit
+from memprof.families import Model
+from memprof.gpus import Card, calibrated, find_card
+from memprof.prompts import Shape
 from memprof.pruning import METHODS, kept_share, method_name, method_spec
-from memprof.records import RunSpec
-from memprof.runner import Bench, complete_spec
-from memprof.simulator.cards import Card, calibrated
+from memprof.records import Memory, Run, RunSpec, SampleRecord
+from memprof.runner import Complete, complete_spec
+from memprof.telling.holders import leading_part, words_for
 from memprof.units import format_bytes
 
 #: Tokens of an AI2D question, rounded up (METHODS: 53 on average).
 QUESTION_TOKENS = 53
 #: Most tiles that are looked at; beyond, the vision tower's batch is nobody's picture.
 MOST_TILES = 128
-#: Most prompts side by side that are looked at.
-MOST_BATCH = 256
 
 
 @dataclass(frozen=True)
@@ -128,27 +130,29 @@ def fit(
     gpu_bytes = card.memory_bytes
     context_bytes = card.context_bytes if context_bytes is None else context_bytes
     # Here is the limit, not in the allocator: what is too large is to be known as well.
-    spec, _, _ = complete_spec(predicting(spec, data="bundled", limit=None, gpu=card.any_memory))
-    bench = bench or Bench(spec)
+    spec, _, _, setup = complete_spec(predicting(spec, data="bundled", limit=None, gpu=card.any_memory))
+    bench = bench.set_up(setup) if bench is not None else Bench(setup)
     desk = _Desk(spec, bench, context_bytes, question_tokens)
     if tiles is None:
-        tiles = bench.card.max_tiles + (bench.family.thumbnails and bench.card.max_tiles > 1)
+        tiles = setup.model.family.most_tiles(setup.model)
     if tiles < 1 or images < 1 or question_tokens < 0:
         raise BadValue("tiles and images must be at least 1, and a question cannot have fewer than 0 tokens")
     if desk.static_bytes + context_bytes > gpu_bytes:
         raise DoesNotFit(_weights_alone(desk, gpu_bytes, context_bytes))
-    total = tiles * images
-    asked = desk.need(spec.method, total)
+    shown = Shown(tiles, images)
+    desk.foresee(spec.method, shown)
+    asked = desk.need(spec.method, shown)
     limits = (
-        *_tiles(desk, gpu_bytes, tiles, images),
-        _new_tokens(desk, gpu_bytes, total),
-        *_keep(desk, gpu_bytes, total),
-        _batch(desk, gpu_bytes, total),
+        *_tiles(desk, gpu_bytes, shown),
+        *_images(desk, gpu_bytes, shown),
+        _new_tokens(desk, gpu_bytes, shown),
+        *_keep(desk, gpu_bytes, shown),
+        _batch(desk, gpu_bytes, shown),
     )
     fits = asked.device_bytes <= gpu_bytes
-    give = () if fits else _what_gives(desk, gpu_bytes, total, asked, limits)
+    give = () if fits else _what_gives(desk, gpu_bytes, shown, asked, limits)
     if not fits and all(limit.largest is None for limit in limits):
-        least = desk.need(spec.method, 1)
+        least = desk.need(spec.method, Shown(1))
         if least.device_bytes > gpu_bytes:
             raise DoesNotFit(
                 f"not even one tile fits {format_bytes(gpu_bytes)}: it needs {format_bytes(least.device_bytes)}, "
@@ -161,96 +165,153 @@ def fit(
     )  # fmt: skip
 
 
+def need_of(run: Run, sample: SampleRecord) -> Need:
+    """What a recorded sample needs on a card without end, predicted: where a card refused it, say."""
+    if sample.shape is None:
+        raise DataError(f"sample {sample.id} was recorded without the sizes of its prompt")
+    card = calibrated(find_card(run.record.spec.gpu))
+    done = complete_spec(predicting(run.record.spec, gpu=card.any_memory))
+    bench, ask = Bench(done.setup), done.ask(sample.shape)
+    bench.foresee([ask])
+    return _need(bench.outcome(ask).memory, card.context_bytes)
+
+
+def _need(memory: Memory, context_bytes: int) -> Need:
+    card = memory.fullest
+    reserved = card.peak_reserved_bytes
+    held = words_for(leading_part(card.peak_parts), card.peak_holders)
+    return Need(card.peak_allocated_bytes, reserved, reserved + context_bytes, held)
+
+
+def searched_tiles(model: Model) -> int:
+    """Most tiles of a prompt that are looked at, of all its images."""
+    return min(MOST_TILES, model.family.searched_images * model.family.most_tiles(model))
+
+
+@dataclass(frozen=True)
+class Shown:
+    """What a prompt shows: images of so many tiles each; and how many such prompts stand side by side."""
+
+    tiles: int
+    images: int = 1
+    batch: int = 1
+
+
 class _Desk:
     """Needs of prompts that differ in tiles, method and length."""
 
     def __init__(self, spec: RunSpec, bench: Bench, context_bytes: int, question_tokens: int) -> None:
         self.spec, self.bench, self.context_bytes, self.question_tokens = spec, bench, context_bytes, question_tokens
-        self.static_bytes = int(bench.ready(spec)[1].static_bytes)
-        self.layers = int(bench.card.text["num_hidden_layers"])
-        self.positions = int(bench.card.text.get("max_position_embeddings", 32768))
+        done = complete_spec(spec)
+        self.static_bytes = bench.standing(done.pruner, spec.stack).static_bytes
+        self.model = bench.model
 
-    def shape(self, tiles: int, batch: int = 1) -> PromptShape:
-        """A prompt of so many tiles in all; bytes do not depend on how they lie."""
-        before, after = self.bench.card.template
-        visual = tiles * self.bench.family.side(self.bench.card) ** 2
-        return PromptShape(tiles, tiles, 1, visual, before, after + self.question_tokens, batch)
+    def shape(self, shown: Shown) -> Shape:
+        """The prompt; bytes do not depend on how the tiles of an image lie."""
+        images = self.model.family.of_tiles(self.model, shown.tiles, shown.images)
+        return self.model.family.shape_of(self.model, images, self.question_tokens, shown.batch)
 
-    def most_tiles(self) -> int:
-        """Tiles that the model has positions for."""
-        each = self.bench.family.side(self.bench.card) ** 2
-        text = self.shape(1).text_tokens + self.spec.max_new_tokens
-        return max(1, min(MOST_TILES, (self.positions - text) // each))
+    def most(self, field: str, shown: Shown, most: int) -> tuple[int, str]:
+        """How many tiles or images, by ``field``, the model has positions for, up to ``most``; and what bounds them."""
+        left = self.model.positions - self.spec.max_new_tokens
+        room = bisect_right(range(1, most + 1), left, key=lambda n: self.shape(replace(shown, **{field: n})).length)
+        return (room, f"the model's {self.model.positions:,} positions") if room < most else (most, _looked_at(most))
 
-    def foresee(self, method: str, shapes: list[PromptShape]) -> None:
-        """Have programs made for all of these at once."""
-        spec, pruner, _ = complete_spec(dataclasses.replace(self.spec, method=method))
-        self.bench.foresee(spec, pruner, shapes)
+    def asked(self, method: str, stack: str | None = None) -> Complete:
+        """The spec of a method and a stack, with the bench made ready for it."""
+        done = complete_spec(dataclasses.replace(self.spec, method=method, stack=stack or self.spec.stack))
+        self.bench.set_up(done.setup)
+        return done
 
-    def memory(self, method: str, tiles: int, stack: str | None = None, batch: int = 1) -> dict[str, Any]:
+    def foresee(self, method: str, shown: Shown) -> None:
+        """Have a program made for what may be asked, at once, where one answers for any number of tiles."""
+        if self.model.family.sees and self.model.family.one_batch(self.model):
+            most = max(1, self.most("tiles", Shown(1), searched_tiles(self.model))[0])
+            numbers = sorted({*(2**n for n in range(most.bit_length())), most, shown.tiles * shown.images})
+            self.bench.foresee(map(self.asked(method).ask, [self.shape(Shown(n)) for n in numbers]))
+
+    def memory(self, method: str, shown: Shown, stack: str | None = None) -> Memory:
         """The memory half of a record."""
-        spec = dataclasses.replace(self.spec, method=method, stack=stack or self.spec.stack)
-        spec, pruner, _ = complete_spec(spec)
-        return self.bench.outcome(spec, pruner, self.shape(tiles, batch), spec.seed).memory
+        return self.bench.outcome(self.asked(method, stack).ask(self.shape(shown))).memory
 
-    def need(self, method: str, tiles: int, stack: str | None = None, batch: int = 1) -> Need:
-        """What a prompt needs, or ``batch`` of them side by side."""
-        memory = self.memory(method, tiles, stack, batch)
-        reserved = max(memory["tokens"].reserved_bytes)
-        return Need(
-            max(memory["tokens"].peak_allocated_bytes), reserved, reserved + self.context_bytes,
-            words_for(leading_part(memory["peak_parts"]), memory["peak_holders"]),
-        )  # fmt: skip
+    def need(self, method: str, shown: Shown, stack: str | None = None) -> Need:
+        """What the prompt needs, or as many of them side by side."""
+        return _need(self.memory(method, shown, stack), self.context_bytes)
 
+    def largest(self, field: str, shown: Shown, gpu_bytes: int, most: int) -> tuple[int | None, int | None]:
+        """The largest number of what ``field`` names that fits, up to ``most``, and its need; None where none does.
 
-def _tiles(desk: _Desk, gpu_bytes: int, tiles: int, images: int) -> tuple[Limit, ...]:
-    """Tiles of one image, and images of so many tiles: the same bytes, as all tiles run as one batch."""
-    method, most = desk.spec.method, desk.most_tiles()
-    desk.foresee(method, [desk.shape(n) for n in sorted({*_powers(most), most})])
-    seen: list[tuple[float, float]] = []
-    while (value := next_value(seen, 1, most, step=1)) is not None:
-        seen.append((value, desk.need(method, int(value)).device_bytes - gpu_bytes))
-    total = max((int(value) for value, over in seen if over <= 0), default=None)
-    bound = f"the model's {desk.positions:,} positions" if total == most < MOST_TILES else ""
-    found = []
-    if desk.bench.card.max_tiles > 1:
-        each = total // images if total else None
-        needs = desk.need(method, each * images).device_bytes if each else None
-        found.append(Limit("tiles", tiles, each or None, needs, bound))
-    many = total // tiles if total else None
-    needs = desk.need(method, many * tiles).device_bytes if many else None
-    found.append(Limit("images", images, many or None, needs, bound or f"of {tiles} tile{'s' * (tiles > 1)} each"))
-    return tuple(found)
+        One is looked at first, and nothing far beyond what fits: what is larger takes longer to predict.
+        """
+        if most < 1:
+            return None, None
+        over = dict[float, float]()
+        n = 1
+        while n <= most:
+            over[n] = self.need(self.spec.method, replace(shown, **{field: n})).device_bytes - gpu_bytes
+            if over[n] > 0 or n == most:
+                break
+            n = min(most, _further(over))
+        while (value := next_value([*over.items()], 1, n, step=1)) is not None:
+            over[value] = self.need(self.spec.method, replace(shown, **{field: int(value)})).device_bytes - gpu_bytes
+        fitting = max((value for value, excess in over.items() if excess <= 0), default=None)
+        return (None, None) if fitting is None else (int(fitting), round(over[fitting] + gpu_bytes))
 
 
-def _powers(most: int) -> list[int]:
-    """1, 2, 4 and so on up to ``most``."""
-    return [2**n for n in range(most.bit_length())]
+def _further(over: Mapping[float, float]) -> int:
+    """The next number to look at when all so far fit: where a line through the last two meets the card's memory."""
+    *before, n = over
+    if not before:
+        return 2
+    slope = (over[n] - over[before[-1]]) / (n - before[-1])
+    reach = n - over[n] / slope if slope > 0 else math.inf
+    return int(min(max(reach, n + 1), 32 * n))
 
 
-def _batch(desk: _Desk, gpu_bytes: int, tiles: int) -> Limit:
+def _looked_at(most: int) -> str:
+    return f"no more than {most} are looked at"
+
+
+def _tiles(desk: _Desk, gpu_bytes: int, shown: Shown) -> tuple[Limit, ...]:
+    """Tiles of one image, where images are cut into some."""
+    if not desk.model.family.sees or desk.model.max_tiles == 1:
+        return ()
+    most, bound = desk.most("tiles", shown, max(shown.tiles, searched_tiles(desk.model) // shown.images))
+    largest, needs = desk.largest("tiles", shown, gpu_bytes, most)
+    return (Limit("tiles", shown.tiles, largest, needs, bound if largest == most else ""),)
+
+
+def _images(desk: _Desk, gpu_bytes: int, shown: Shown) -> tuple[Limit, ...]:
+    """Images of as many tiles as asked."""
+    if not desk.model.family.sees:
+        return ()
+    searched = desk.model.family.searched_images
+    if desk.model.family.one_batch(desk.model):
+        searched = min(searched, math.ceil(searched_tiles(desk.model) / shown.tiles))
+    most, bound = desk.most("images", shown, max(shown.images, searched))
+    largest, needs = desk.largest("images", shown, gpu_bytes, most)
+    of = f"of {shown.tiles} tile{'s' * (shown.tiles > 1)} each" if desk.model.max_tiles > 1 or shown.tiles > 1 else ""
+    return (Limit("images", shown.images, largest, needs, bound if largest == most else of),)
+
+
+def _batch(desk: _Desk, gpu_bytes: int, shown: Shown) -> Limit:
     """Prompts as asked side by side; a method that prunes takes one at a time."""
-    method = desk.spec.method
-    if complete_spec(desk.spec)[1].stages(desk.shape(tiles).visual_tokens, desk.layers):
-        fits = desk.need(method, tiles).device_bytes <= gpu_bytes
+    if complete_spec(desk.spec).pruner.stages(desk.shape(shown).visual_tokens, desk.model.layers):
+        fits = desk.need(desk.spec.method, shown).device_bytes <= gpu_bytes
         return Limit("batch", 1, 1 if fits else None, None, "pruning cuts one prompt at a time")
-    desk.foresee(method, [desk.shape(tiles, n) for n in _powers(MOST_BATCH)[1:]])
-    seen: list[tuple[float, float]] = []
-    while (value := next_value(seen, 1, MOST_BATCH, step=1)) is not None:
-        seen.append((value, desk.need(method, tiles, batch=int(value)).device_bytes - gpu_bytes))
-    largest = max((value for value, over in seen if over <= 0), default=None)
-    note = f"no more than {MOST_BATCH} are looked at" if largest == MOST_BATCH else "prompts of equal length"
-    return Limit("batch", 1, largest, None if largest is None else round(dict(seen)[largest] + gpu_bytes), note)
+    most = max(1, desk.model.family.searched_prompts // shown.images)
+    largest, needs = desk.largest("batch", shown, gpu_bytes, most)
+    return Limit("batch", 1, largest, needs, _looked_at(most) if largest == most else "prompts of equal length")
 
 
-def _new_tokens(desk: _Desk, gpu_bytes: int, tiles: int) -> Limit:
+def _new_tokens(desk: _Desk, gpu_bytes: int, shown: Shown) -> Limit:
     """New tokens: what one more adds to the cache, from the cache's growth over the tokens that were predicted."""
-    spec, memory = desk.spec, desk.memory(desk.spec.method, tiles)
-    asked = desk.need(spec.method, tiles)
-    columns, made = memory["tokens"], spec.max_new_tokens
-    shape = desk.shape(tiles)
-    most = desk.positions - shape.length
-    grown = memory["kv_bytes_per_layer"], memory["kv_tokens_found"]
+    spec, memory = desk.spec, desk.memory(desk.spec.method, shown)
+    asked = desk.need(spec.method, shown)
+    columns, made = memory.fullest.tokens, spec.max_new_tokens
+    shape = desk.shape(shown)
+    most = desk.model.positions - shape.length
+    grown = memory.kv_bytes_per_layer, memory.kv_tokens_found
     each = [nbytes / tokens for nbytes, tokens in zip(*grown, strict=True) if tokens]
     a_token = sum(each) + max(each, default=0) / 2  # while it grows, a layer's keys are there twice
     unused = asked.reserved_bytes - asked.allocated_bytes
@@ -260,13 +321,13 @@ def _new_tokens(desk: _Desk, gpu_bytes: int, tiles: int) -> Limit:
     more = int((gpu_bytes - last) // a_token)
     largest = min(most, made + max(0, more))
     needs = max(asked.device_bytes, round(last + (largest - made) * a_token))
-    note = f"the model's {desk.positions:,} positions" if largest == most else ""
+    note = f"the model's {desk.model.positions:,} positions" if largest == most else ""
     return Limit("new tokens", made, largest, needs, note or f"extrapolated from {made}")
 
 
-def _keep(desk: _Desk, gpu_bytes: int, tiles: int) -> tuple[Limit, ...]:
+def _keep(desk: _Desk, gpu_bytes: int, shown: Shown) -> tuple[Limit, ...]:
     """The largest share of visual tokens, where the method has one."""
-    _, pruner, _ = complete_spec(desk.spec)
+    pruner = complete_spec(desk.spec).pruner
     share = kept_share(pruner)
     if share is None:
         return ()
@@ -274,7 +335,7 @@ def _keep(desk: _Desk, gpu_bytes: int, tiles: int) -> tuple[Limit, ...]:
     low, high = field.metadata.get("search") or (0.02, 1.0)
     seen: list[tuple[float, float]] = []
     while (value := next_value(seen, low, high, step=0.0005)) is not None:
-        seen.append((value, desk.need(_with_keep(pruner, value), tiles).device_bytes - gpu_bytes))
+        seen.append((value, desk.need(_with_keep(pruner, value), shown).device_bytes - gpu_bytes))
     fitting = [value for value, over in seen if over <= 0]
     if not fitting:
         return (Limit("keep", share, None, None),)
@@ -286,18 +347,18 @@ def _with_keep(pruner: Any, keep: float) -> str:
     return method_spec(dataclasses.replace(pruner, keep=keep))
 
 
-def _what_gives(desk: _Desk, gpu_bytes: int, tiles: int, asked: Need, limits: tuple[Limit, ...]) -> tuple[str, ...]:
+def _what_gives(desk: _Desk, gpu_bytes: int, shown: Shown, asked: Need, limits: tuple[Limit, ...]) -> tuple[str, ...]:
     """What would make the prompt fit: less of one thing, another stack, another card."""
     give = [
         f"{limit.name} {limit.largest:g} instead of {limit.asked:g}"
         for limit in limits
         if limit.largest is not None and limit.largest < limit.asked
     ]
-    if desk.spec.stack == "paper" and desk.need(desk.spec.method, tiles, "current").device_bytes <= gpu_bytes:
+    if desk.spec.stack == "paper" and desk.need(desk.spec.method, shown, "current").device_bytes <= gpu_bytes:
         give.append("stack current, which makes logits of the last position alone")
-    if method_name(complete_spec(desk.spec)[1]) == "baseline" and "topv" in METHODS.names():
+    if method_name(complete_spec(desk.spec).pruner) == "baseline" and "topv" in METHODS.names():
         pruned = _keep(_Desk(dataclasses.replace(desk.spec, method="topv"), desk.bench, desk.context_bytes,
-                             desk.question_tokens), gpu_bytes, tiles)  # fmt: skip
+                             desk.question_tokens), gpu_bytes, shown)  # fmt: skip
         give += [f"pruning: topv with keep {one.largest:g}" for one in pruned if one.largest is not None]
     return (*give, f"a card of {format_bytes(asked.device_bytes, 'GiB', 1)}")
 

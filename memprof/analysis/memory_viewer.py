@@ -7,18 +7,22 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from memprof import __version__
 from memprof.analysis.explain import prompt_shape
 from memprof.analysis.predicting import predicting
 from memprof.anatomy import anatomy
+from memprof.bench import Bench
+from memprof.bench.generate import profile_prompt
 from memprof.environment import environment
 from memprof.errors import DataError, MemprofError, UnknownName, UsageError
+from memprof.files import replace
+from memprof.forecasts import Setup
 from memprof.meters import weights_of
 from memprof.meters.sim import SimMeter
+from memprof.models import find
 from memprof.pruning import build_pruner
 from memprof.records import Run, SampleRecord
-from memprof.runner import Bench, make_prompt, model_of, profile_prompt
-from memprof.simulator.dump import Lasting, dump
+from memprof.snapshots.dump import Lasting, dump
+from memprof.version import VERSION
 
 #: The viewer reads pickles of the protocols 2 to 4.
 PROTOCOL = 4
@@ -60,8 +64,7 @@ def export(run: Run, path: Path, sample: str | None = None) -> Exported:
     chosen = _sample(run, sample)
     snapshot, predicted = _predict(run, chosen)
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(pickle.dumps(snapshot, protocol=PROTOCOL))
+        replace(path, pickle.dumps(snapshot, protocol=PROTOCOL))
     except OSError as error:
         raise MemprofError(f"cannot write {path}: {error.strerror or error}") from None
     recorded = {"allocated": chosen.peak_allocated_bytes, "reserved": chosen.peak_reserved_bytes}
@@ -90,22 +93,22 @@ def _predict(run: Run, sample: SampleRecord) -> tuple[dict[str, Any], dict[str, 
     """The snapshot of ``sample``, and its highest allocated and reserved bytes."""
     spec = predicting(run.record.spec)
     pruner = build_pruner(spec.method, spec.stack)
-    bench = Bench(spec)
-    model, meter = bench.ready(spec)
+    known = find.of_run(run.record)
+    model, meter = Bench(Setup.of(spec, known)).ready()
     assert isinstance(meter, SimMeter)
-    prompt = make_prompt(bench.family, bench.card, prompt_shape(run, sample), seed=spec.seed)
+    prompt = known.family.drawn(known, prompt_shape(run, sample, known), spec.seed)
     columns = profile_prompt(
         model, meter, pruner, spec.stack, prompt, new_tokens=spec.max_new_tokens, seed=spec.seed
-    ).memory["tokens"]
+    ).memory.fullest.tokens
     assert meter.trace is not None
     where, names = anatomy(model), {name for name, _ in weights_of(model)}
     lasting = {
         address: Lasting(name, where.weight_group(name) if name in names else "workspaces", n_bytes)
         for address, (name, n_bytes) in meter.lasting.items()
     }
-    title = f"{model_of(spec)[1].title} under {pruner.title}, stack {spec.stack}, sample {sample.id}"
+    title = f"{known.title} under {pruner.title}, stack {spec.stack}, sample {sample.id}"
     about = {
-        "version": __version__, "spec": spec.to_json(), "sample": sample.id,
+        "version": VERSION, "spec": spec.to_json(), "sample": sample.id,
         "environment": environment() | meter.environment(),
     }  # fmt: skip
     snapshot = dump(meter.trace, meter.loaded, lasting, title, about)

@@ -9,21 +9,27 @@ make.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from itertools import product
 from pathlib import Path
 from typing import Any
 
-from memprof.analysis.holders import leading_part, words_for
+from memprof import files
 from memprof.analysis.whatif import Benches, Change
-from memprof.families import Card, PromptShape, find_model
+from memprof.bench import Bench
+from memprof.environment import package_version
+from memprof.families import Model
+from memprof.models.find import find
+from memprof.prompts import Image, Shape
 from memprof.pruning import build_pruner, visual_flops_cut, visual_tokens_per_layer
-from memprof.records import Run, RunSpec
-from memprof.runner import Bench, complete_spec
+from memprof.records import CardMemory, Run, RunSpec, SampleRecord
+from memprof.runner import complete_spec
 from memprof.runner import run as make_run
 from memprof.store import RUN_FILE
+from memprof.telling.facts import provenance
+from memprof.telling.holders import leading_part, words_for
 from memprof.units import DISPLAY_UNITS
 
 MODEL = "internvl2-2b"
@@ -99,7 +105,7 @@ class Setting:
 # -- closed form -------------------------------------------------------------------------------------------------------
 
 
-def terms(method: str, card: Card, visual: float, text: int, keep: float) -> dict[str, float]:
+def terms(method: str, model: Model, visual: float, text: int, keep: float) -> dict[str, float]:
     """What can be a prompt's dynamic peak, in bytes: ``logits``, and ``scores`` where maps are made.
 
     Logits take 6 bytes a vocabulary entry and position (bf16, and the fp32 copy), the cache 96 KiB a token over 24
@@ -109,18 +115,18 @@ def terms(method: str, card: Card, visual: float, text: int, keep: float) -> dic
 
     Args:
         method: ``topv``, ``baseline`` or one of :data:`FORMS`; in the paper's stack and bf16.
-        card: The model.
+        model: The model.
         visual: Visual tokens.
         text: Text tokens.
         keep: Share of visual tokens kept.
     """
-    sizes = card.text
+    sizes = model.text
     row, heads, layers = 2 * sizes["hidden_size"], sizes["num_attention_heads"], sizes["num_hidden_layers"]
     kv_row = 2 * row * sizes["num_key_value_heads"] / heads  # of one layer
     n, tiles = visual + text, visual / 256
     left = n if method in ("baseline", "mask") else text + visual * keep
     # All the time: the tower's last state (class token included), the projected features, the pixels.
-    held = tiles * 2 * (1025 * card.vision["hidden_size"] + 3 * 448**2) + visual * row
+    held = tiles * 2 * (1025 * model.vision["hidden_size"] + 3 * 448**2) + visual * row
     cache = kv_row * (2 * n + (layers - 2) * left)
     found = {"logits": held + cache + (6 * sizes["vocab_size"] + row) * left}
     states = 5 * row * n  # residual, normed, queries, and keys and values repeated for every head
@@ -131,9 +137,9 @@ def terms(method: str, card: Card, visual: float, text: int, keep: float) -> dic
     return found
 
 
-def closed_form(method: str, card: Card, tiles: int, text: int, keep: float) -> float:
+def closed_form(method: str, model: Model, tiles: int, text: int, keep: float) -> float:
     """Dynamic peak in bytes, from :func:`terms`."""
-    return max(terms(method, card, 256 * tiles, text, keep).values())
+    return max(terms(method, model, 256 * tiles, text, keep).values())
 
 
 def error_percent(dynamic: Mapping[str, Mapping[str, float]]) -> Table:
@@ -154,7 +160,7 @@ def misfit(dynamic: Mapping[str, Mapping[str, float]]) -> float:
     return max(figures, points)
 
 
-def search(card: Card) -> list[tuple[float, Setting]]:
+def search(model: Model) -> list[tuple[float, Setting]]:
     """Every setting that removes the published FLOPs, with its misfit in closed form, the best first.
 
     Up to 1, all six figures lie within 5 % and all four savings within 3 points. Of each task, only the eight shapes
@@ -168,7 +174,7 @@ def search(card: Card) -> list[tuple[float, Setting]]:
             rows = []
             for tiles, text in product(TILES, TEXTS[task]):
                 kinds = {"topv": "topv", "baseline": "baseline", "fastv": "topv" if form == "row" else form}
-                column = {m: closed_form(k, card, tiles, text, keep) / scale for m, k in kinds.items()}
+                column = {m: closed_form(k, model, tiles, text, keep) / scale for m, k in kinds.items()}
                 off = max(abs(column[m] / PUBLISHED[m][task] - 1) for m in METHODS)
                 rows.append((off, tiles, text, column))
             columns[task] = sorted(rows, key=lambda r: r[0])[:8]
@@ -191,61 +197,91 @@ def distinct(found: Iterable[tuple[float, Setting]], most: int) -> list[tuple[fl
 # -- predicted ---------------------------------------------------------------------------------------------------------
 
 
-def shape_of(card: Card, tiles: int, text: int) -> PromptShape:
+def shape_of(model: Model, tiles: int, text: int) -> Shape:
     """The prompt of a setting: one image cut into the squarest grid that gives so many tiles."""
     cut = max(tiles - 1, 1)
     rows = max(r for r in range(1, int(cut**0.5) + 1) if cut % r == 0)
-    before = card.template[0]
-    return PromptShape(tiles, cut // rows, rows, 256 * tiles, before, text - before)
+    columns, before = cut // rows, model.template[0]
+    image = Image(((16, 16),) * tiles, columns, rows, width=448 * columns, height=448 * rows)
+    return Shape((image,), (before, text - before), (tiles,))
 
 
-def image_size(shape: PromptShape) -> tuple[int, int]:
+def image_size(shape: Shape) -> tuple[int, int]:
     """Width and height in pixels of an image that is cut into ``shape``'s grid."""
-    return 448 * shape.columns, 448 * shape.rows
+    return shape.images[0].width, shape.images[0].height
 
 
 def change_of(setting: Setting, method: str, task: str, stack: str = "paper") -> Change:
     """What the predictor is to run for one figure. Today's stack runs FastV in its default form."""
-    _, card = find_model(MODEL)
+    model = find(MODEL)
     wanted = setting.method(method) if stack == "paper" or method != "fastv" else f"fastv:keep={setting.keep}"
-    spec, pruner, _ = complete_spec(RunSpec(MODEL, wanted, task, "sim", stack, dtype=card.dtype, max_new_tokens=16))
+    done = complete_spec(RunSpec(MODEL, wanted, task, "sim", stack, dtype=model.dtype, max_new_tokens=16))
     at = TASKS.index(task)
-    return Change(spec, pruner, shape_of(card, setting.tiles[at], setting.text[at]), name=f"{method} on {task}")
+    shape = shape_of(model, setting.tiles[at], setting.text[at])
+    return Change(done.spec, done.pruner, shape, model, name=f"{method} on {task}")
 
 
 def predict(
     setting: Setting, benches: Benches, stack: str = "paper", progress: Progress | None = None
-) -> dict[str, dict[str, dict[str, Any]]]:
+) -> dict[str, dict[str, CardMemory]]:
     """Run the predictor for all six figures: by method and task, what it says."""
-    found: dict[str, dict[str, dict[str, Any]]] = {method: {} for method in METHODS}
+    found: dict[str, dict[str, CardMemory]] = {method: {} for method in METHODS}
     for method, task in product(sorted(METHODS, key=lambda m: m == "fastv"), TASKS):  # eager attention last
         change = change_of(setting, method, task, stack)
         if progress is not None:
             progress(f"{change.name}, {setting.tiles} tiles, stack {stack}")
-        found[method][task] = benches.memory(change)
+        found[method][task] = benches.memory(change).fullest
     return found
 
 
-def dynamic_of(memory: Mapping[str, Mapping[str, Mapping[str, Any]]], unit: str) -> Table:
+def dynamic_of(memory: Mapping[str, Mapping[str, CardMemory | SampleRecord]], unit: str) -> Table:
     """Dynamic peaks in ``unit``, by method and task."""
-    return {m: {t: memory[m][t]["dynamic_peak_bytes"] / DISPLAY_UNITS[unit] for t in TASKS} for m in METHODS}
+    return {m: {t: memory[m][t].dynamic_peak_bytes / DISPLAY_UNITS[unit] for t in TASKS} for m in METHODS}
 
 
-def reproduce(candidates: int = 4, progress: Progress | None = None) -> tuple[Setting, dict[str, Any]]:
+def measured(setting: Setting, runs: Iterable[Run], stack: str = "paper") -> dict[str, dict[str, Run]]:
+    """What a card measured of a setting: by method and task, of ``runs`` those that ran its very prompt and method."""
+    found: dict[str, dict[str, Run]] = {method: {} for method in METHODS}
+    ours = [run for run in runs if run.record.status == "measured" and run.record.spec.device == "cuda"]
+    for method, (at, task) in product(METHODS, enumerate(TASKS)):
+        spec = change_of(setting, method, task, stack).spec
+        for run in ours:
+            there = run.record.spec
+            if (there.model, there.method, there.stack) == (spec.model, spec.method, stack) and [
+                (sample.tiles, sample.text_tokens) for sample in run.finished
+            ] == [(setting.tiles[at], setting.text[at])]:
+                found[method].setdefault(task, run)
+    return found
+
+
+def _told_of(found: Mapping[str, Mapping[str, Run]], unit: str) -> dict[str, Any] | None:
+    """Measured dynamic peaks, and where they come from; None unless every figure was measured."""
+    runs = [found[method].get(task) for method in METHODS for task in TASKS]
+    if not all(runs):
+        return None
+    dynamic = dynamic_of({m: {t: found[m][t].finished[0] for t in TASKS} for m in METHODS}, unit)
+    origin = provenance([run for run in runs if run is not None])
+    return {"dynamic_gb": dynamic} | {key: origin[key] for key in ("where", "torch", "transformers")}
+
+
+def reproduce(
+    candidates: int = 4, progress: Progress | None = None, runs: Sequence[Run] = ()
+) -> tuple[Setting, dict[str, Any]]:
     """Find the setting and predict the supplement.
 
     Args:
         candidates: How many of the closed form's best are run by the predictor.
         progress: Told what is about to be predicted.
+        runs: Measured runs, among which those of the setting are looked for.
 
     Returns:
         The setting found, and all else JSON-ready: ``dynamic_gb[method][task]`` in the setting's unit, ``setting``,
         ``published``, ``error_percent``, ``savings`` (percent), ``near_equals``, ``holders``, ``current_stack``,
-        ``words``, and whether all is ``met``.
+        ``words``, and whether all is ``met``. ``measured`` is the same of a card, or None, also in ``current_stack``.
     """
-    _, card = find_model(MODEL)
+    model = find(MODEL)
     benches = Benches()
-    every = search(card)
+    every = search(model)
     tried = []
     for closed, setting in distinct(every, candidates):
         memory = predict(setting, benches, progress=progress)
@@ -254,10 +290,15 @@ def reproduce(candidates: int = 4, progress: Progress | None = None) -> tuple[Se
     tried.sort(key=lambda item: item[0])
     off, _, setting, memory, dynamic = tried[0]
     today = predict(setting, benches, "current", progress)
+    card = _told_of(measured(setting, runs), setting.unit)
+    if card is not None:
+        card |= {"error_percent": error_percent(card["dynamic_gb"]), "savings": savings(card["dynamic_gb"])}
     return setting, {
         "model": MODEL,
         "status": "predicted",
         "stack": "paper",
+        "predicted_under": {name: package_version(name) for name in ("torch", "transformers")},
+        "measured": card,
         "dynamic_gb": dynamic,
         "published": {m: dict(PUBLISHED[m]) for m in METHODS},
         "error_percent": error_percent(dynamic),
@@ -275,30 +316,31 @@ def reproduce(candidates: int = 4, progress: Progress | None = None) -> tuple[Se
         "holders": {m: {t: _holder(memory[m][t]) for t in TASKS} for m in METHODS},
         "current_stack": {
             "dynamic_gb": dynamic_of(today, setting.unit),
+            "measured": _told_of(measured(setting, runs, "current"), setting.unit),
             "holders": {m: {t: _holder(today[m][t]) for t in TASKS} for m in METHODS},
         },
-        "crossing_tokens": crossing(card, setting.text[0], setting.form),
-        "words": words(setting, memory, today, card),
+        "crossing_tokens": crossing(model, setting.text[0], setting.form),
+        "words": words(setting, memory, today, model),
     }
 
 
-def _holder(memory: Mapping[str, Any]) -> str:
-    return words_for(leading_part(memory["peak_parts"]), memory["peak_holders"])
+def _holder(memory: CardMemory) -> str:
+    return words_for(leading_part(memory.peak_parts), memory.peak_holders)
 
 
 @cache
 def flops_cut(tiles: int, keep: float) -> float:
     """Share of the visual tokens' FLOPs that one cut at layer 2 removes, by FastV's formula."""
-    _, card = find_model(MODEL)
-    visual, layers = 256 * tiles, int(card.text["num_hidden_layers"])
+    model = find(MODEL)
+    visual, layers = 256 * tiles, model.layers
     kept = visual_tokens_per_layer(build_pruner(f"topv:keep={keep}").stages(visual, layers), visual, layers)
-    return visual_flops_cut(kept, visual, card.text["hidden_size"], card.text["intermediate_size"])
+    return visual_flops_cut(kept, visual, model.hidden, model.ffn)
 
 
-def crossing(card: Card, text: int, form: str = "mask") -> int | None:
+def crossing(model: Model, text: int, form: str = "mask") -> int | None:
     """Prompt tokens from which on FastV's scores pass the logits, by the closed form; None if not within 25 tiles."""
     for n in range(text + 1, 25 * 256):
-        found = terms(form, card, n - text, text, 1.0)
+        found = terms(form, model, n - text, text, 1.0)
         if found.get("scores", 0) > found["logits"]:
             return n
     return None
@@ -306,21 +348,21 @@ def crossing(card: Card, text: int, form: str = "mask") -> int | None:
 
 def words(
     setting: Setting,
-    memory: Mapping[str, Mapping[str, Mapping[str, Any]]],
-    today: Mapping[str, Mapping[str, Mapping[str, Any]]],
-    card: Card,
+    memory: Mapping[str, Mapping[str, CardMemory]],
+    today: Mapping[str, Mapping[str, CardMemory]],
+    model: Model,
 ) -> list[str]:
     """What the numbers mean, in sentences."""
     unit, lengths = setting.unit, [256 * v + t for v, t in zip(setting.tiles, setting.text, strict=True)]
     paper, now = dynamic_of(memory, unit), dynamic_of(today, unit)
-    scores = terms(setting.form, card, 256 * setting.tiles[1], setting.text[1], setting.keep).get("scores", 0)
-    dropped = closed_form("drop", card, setting.tiles[1], setting.text[1], setting.keep) / DISPLAY_UNITS[unit]
+    scores = terms(setting.form, model, 256 * setting.tiles[1], setting.text[1], setting.keep).get("scores", 0)
+    dropped = closed_form("drop", model, setting.tiles[1], setting.text[1], setting.keep) / DISPLAY_UNITS[unit]
     ranking = sorted(METHODS, key=lambda m: -now[m]["ai2d"])
     below = "below" if now["baseline"]["ai2d"] < paper["topv"]["ai2d"] else "above"
     return [
         f"FastV's scores grow with the square of the prompt, the logits of all positions with its length; they meet at "
-        f"about {crossing(card, setting.text[0], setting.form):,} tokens. AI2D's prompt of {lengths[0]:,} lies beyond: "
-        f"there {_holder(memory['fastv']['ai2d'])} set FastV's peak, {paper['fastv']['ai2d']:.2f} {unit} against "
+        f"about {crossing(model, setting.text[0], setting.form):,} tokens. AI2D's prompt of {lengths[0]:,} lies beyond"
+        f": there {_holder(memory['fastv']['ai2d'])} set FastV's peak, {paper['fastv']['ai2d']:.2f} {unit} against "
         f"Baseline's {paper['baseline']['ai2d']:.2f}. OCRBench's of {lengths[1]:,} lies before: the scores reach "
         f"{scores / DISPLAY_UNITS[unit]:.2f} {unit} only, and both methods peak at the same logits.",
         "FastV can peak where Baseline does only if no token had left before the first logits: its first public code "
@@ -340,7 +382,7 @@ def make_runs(setting: Setting, folder: Path, tokens: int = 8, progress: Progres
 
     Runs that are there already are kept, so that a second call only reads them.
     """
-    _, card = find_model(MODEL)
+    model = find(MODEL)
     folder.mkdir(parents=True, exist_ok=True)
     runs: dict[str, list[Run]] = {task: [] for task in TASKS}
     bench: Bench | None = None
@@ -348,15 +390,15 @@ def make_runs(setting: Setting, folder: Path, tokens: int = 8, progress: Progres
         shapes = folder / f"{task}.csv"
         lines = ["width,height,text_tokens"]
         for tiles in [n for n in TILES if n <= setting.tiles[at]][-4:]:
-            width, height = image_size(shape_of(card, tiles, setting.text[at]))
-            lines.append(f"{width},{height},{setting.text[at] - sum(card.template)}")
-        shapes.write_text("\n".join(lines) + "\n", encoding="utf-8")
+            width, height = image_size(shape_of(model, tiles, setting.text[at]))
+            lines.append(f"{width},{height},{setting.text[at] - sum(model.template)}")
+        files.replace(shapes, "\n".join(lines) + "\n")
     for method, task in product(sorted(METHODS, key=lambda m: m == "fastv"), TASKS):  # eager attention last
         if progress is not None:
             progress(f"{method} on {task}, token by token")
         spec = change_of(setting, method, task).spec
         spec = dataclasses.replace(spec, data=str(folder / f"{task}.csv"), max_new_tokens=tokens, warmup=0)
         path = folder / f"{task}-{method}"
-        bench = bench or Bench(spec)
+        bench = bench or Bench(complete_spec(spec).setup)
         runs[task].append(make_run(spec, path, bench=bench, resume=(path / RUN_FILE).exists()))
     return [run for task in TASKS for run in runs[task]]

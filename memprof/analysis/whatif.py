@@ -9,25 +9,18 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
 
-import torch
-from torch import nn
-
-from memprof import scopes
 from memprof.analysis.predicting import predicting
-from memprof.anatomy import anatomy
-from memprof.errors import UsageError
-from memprof.families import PromptShape
+from memprof.bench import Bench
+from memprof.families import Model
+from memprof.forecasts import Around, Ask, Setup
+from memprof.gpus import find_card
+from memprof.prompts import Prompt, Shape
 from memprof.pruning import Pruner, build_pruner, kept_share, method_spec
-from memprof.records import RunSpec
-from memprof.runner import Bench, make_prompt, model_of, profile_prompt
-from memprof.simulator.cards import find_card
-
-#: Enters something on a model for the time of one ``generate()``.
-Around = Callable[[nn.Module], Any]
+from memprof.records import Memory, RunSpec
 
 
 @dataclass(frozen=True)
@@ -38,6 +31,7 @@ class Change:
         spec: What the predictor is to run.
         pruner: Its method.
         shape: The prompt.
+        model: What the spec runs, with the configuration of its weights.
         name: What is changed, in words.
         how: How to ask for it: an option of ``memprof run``, or where there is none, what it takes.
         around: Contexts entered on the model around ``generate()``.
@@ -46,7 +40,8 @@ class Change:
 
     spec: RunSpec
     pruner: Pruner
-    shape: PromptShape
+    shape: Shape
+    model: Model
     name: str = "as it is"
     how: str = ""
     around: tuple[Around, ...] = ()
@@ -55,9 +50,8 @@ class Change:
     @property
     def takes_a_share(self) -> bool:
         """Whether more or less can be kept: the method has a share, or prunes nothing yet."""
-        layers = int(model_of(self.spec)[1].text["num_hidden_layers"])
         return self.shape.visual_tokens > 1 and (
-            kept_share(self.pruner) is not None or not self.pruner.stages(self.shape.visual_tokens, layers)
+            kept_share(self.pruner) is not None or not self.pruner.stages(self.shape.visual_tokens, self.model.layers)
         )
 
     def but(self, name: str, how: str, *, around: Around | None = None, exact: bool = True, **fields: Any) -> Change:
@@ -93,18 +87,24 @@ def fused_attention(now: Change) -> Iterator[Change]:
 
 
 def vision_in_chunks(now: Change) -> Iterator[Change]:
-    """The vision tower over one tile, or a few, at a time; only projected features stay."""
+    """The vision tower over one tile, or a few, at a time; only projected features stay.
+
+    Images of one view, as a grid of any size is, run one by one.
+    """
+    what = "tile" if any(image.tiles > 1 for image in now.shape.images) else "image"
     for tiles in (1, 4):
         if now.shape.tiles > tiles:
             yield now.but(
-                f"vision tower {f'{tiles} tiles' if tiles > 1 else 'one tile'} at a time",
+                f"vision tower {f'{tiles} {what}s' if tiles > 1 else f'one {what}'} at a time",
                 "in code: call get_image_features on parts of pixel_values", around=_chunks(tiles),
             )  # fmt: skip
 
 
 def eight_bit_cache(now: Change) -> Iterator[Change]:
     """The KV cache as int8 with one scale a head and token; a layer is widened while it runs."""
-    yield now.but("8-bit KV cache", "in code: a quantised cache", around=quantised_cache, exact=False)
+    yield now.but(
+        "8-bit KV cache", "in code: a quantised cache", around=Around("8-bit cache", _quantised), exact=False
+    )
 
 
 def other_keep(now: Change) -> Iterator[Change]:
@@ -153,86 +153,19 @@ def _keeping(pruner: Pruner, keep: float) -> Pruner:
 
 
 def _chunks(tiles: int) -> Around:
-    return functools.partial(chunked_vision, tiles=tiles)
+    return Around(f"vision in parts of {tiles}", functools.partial(_chunked, tiles=tiles))
 
 
-@contextmanager
-def chunked_vision(model: nn.Module, tiles: int) -> Iterator[None]:
-    """Run the vision side over ``tiles`` images at a time; what is kept of each are its projected features.
+def _chunked(model: Any, tiles: int) -> AbstractContextManager[None]:
+    from memprof.analysis.vision_chunks import chunked_vision
 
-    Raises:
-        UsageError: The model has no ``get_image_features`` of transformers.
-    """
-    core: Any = getattr(model, "base_model", model)
-    if not hasattr(core, "get_image_features"):
-        raise UsageError(f"{type(model).__name__} has no get_image_features to call tile by tile")
-    whole = core.get_image_features
-
-    @functools.wraps(whole)
-    def in_turn(pixel_values: torch.Tensor, **kwargs: Any) -> Any:
-        features: list[torch.Tensor] = []
-        out: Any = None
-        for piece in pixel_values.split(tiles):  # type: ignore[no-untyped-call]
-            out = None  # let go of the images before
-            out = whole(pixel_values=piece, **kwargs)
-            features.extend(out.pooler_output)
-            out.last_hidden_state = out.hidden_states = None
-        with scopes.scope("vision", "chunked vision"):
-            out.pooler_output = torch.stack(features) if torch.is_tensor(out.pooler_output) else features
-        return out
-
-    core.get_image_features = in_turn
-    try:
-        yield
-    finally:
-        del core.get_image_features
+    return chunked_vision(model, tiles)
 
 
-@contextmanager
-def quantised_cache(model: nn.Module) -> Iterator[None]:
-    """Keep each layer's KV as int8 with a scale for every head and token while no layer works on it.
+def _quantised(model: Any) -> AbstractContextManager[None]:
+    from memprof.analysis.entered import quantised_cache
 
-    transformers' own quantised caches need further packages (quanto or HQQ), so hooks do it: before a layer runs, its
-    keys and values are widened; when it is done they are rounded to int8 and the wide ones are let go.
-    """
-
-    def widen(layer: Any, args: Any, kwargs: Any) -> None:
-        entry = _entry(layer, kwargs)
-        if entry is not None and hasattr(entry, "scales"):
-            with scopes.scope("kv_cache", "8-bit cache"):
-                entry.keys, entry.values = (
-                    narrow * scale for narrow, scale in zip((entry.keys, entry.values), entry.scales, strict=True)
-                )
-
-    def narrow(layer: Any, args: Any, kwargs: Any, out: Any) -> None:
-        entry = _entry(layer, kwargs)
-        if entry is not None:
-            with scopes.scope("kv_cache", "8-bit cache"):
-                entry.keys, key_scale = _to_int8(entry.keys)
-                entry.values, value_scale = _to_int8(entry.values)
-                entry.scales = (key_scale, value_scale)
-
-    hooks = []
-    for _, layer in anatomy(model).layers:
-        hooks.append(layer.register_forward_pre_hook(widen, with_kwargs=True))
-        hooks.append(layer.register_forward_hook(narrow, with_kwargs=True))
-    try:
-        yield
-    finally:
-        for hook in hooks:
-            hook.remove()
-
-
-def _entry(layer: Any, kwargs: Any) -> Any:
-    """A decoder layer's place in the cache, or None before it has one."""
-    cache, number = kwargs.get("past_key_values"), layer.self_attn.layer_idx
-    return cache.layers[number] if cache is not None and number < len(cache.layers) else None
-
-
-def _to_int8(wide: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """``wide`` rounded to int8, and the scale of each row of its last dimension."""
-    scale = wide.abs().amax(-1, keepdim=True).clamp_min(1e-6) / 127
-    return (wide / scale).round().to(torch.int8), scale
+    return quantised_cache(model)
 
 
 # -- running them ------------------------------------------------------------------------------------------------------
@@ -248,41 +181,42 @@ class Benches:
     FEW = 2
 
     def __init__(self) -> None:
-        self._benches: dict[tuple[str, ...], Bench] = {}
+        self._benches: dict[Setup, Bench] = {}
 
-    def memory(self, change: Change, *, every_token: bool = False) -> dict[str, Any]:
-        """What :func:`memprof.runner.profile_prompt` says of ``change``, on the simulated device.
+    def memory(self, change: Change, *, every_token: bool = False) -> Memory:
+        """What :func:`memprof.bench.generate.profile_prompt` says of ``change``, on the simulated device.
 
         Args:
             change: What to run.
-            every_token: Make all of its tokens, also where they cannot reach the peak.
+            every_token: Make all of its tokens, also where they cannot reach the peak, and were never recorded.
         """
+        tokens = change.spec.max_new_tokens
+        every_token = every_token or self.knows(change, tokens)
+        memory = self._run(change, tokens if every_token else min(self.FEW, tokens))
+        return self._run(change, tokens) if _may_rise(memory, tokens) else memory
+
+    def knows(self, change: Change, tokens: int = FEW) -> bool:
+        """Whether so many tokens of ``change`` were recorded before."""
+        bench, ask = self._asked(change, min(tokens, change.spec.max_new_tokens))
+        return bench.knows(ask)
+
+    def _run(self, change: Change, tokens: int) -> Memory:
+        bench, ask = self._asked(change, tokens)
+        bench.foresee([ask])
+        return bench.outcome(ask).memory
+
+    def _asked(self, change: Change, tokens: int) -> tuple[Bench, Ask]:
         spec = predicting(change.spec, warmup=0, gpu=find_card(change.spec.gpu).any_memory)
-        few = spec.max_new_tokens if every_token else min(self.FEW, spec.max_new_tokens)
-        memory = self._run(dataclasses.replace(spec, max_new_tokens=few), change)
-        return self._run(spec, change) if _may_rise(memory, spec.max_new_tokens) else memory
-
-    def _run(self, spec: RunSpec, change: Change) -> dict[str, Any]:
-        key = (spec.model, spec.dtype, spec.weights, spec.attention)
-        if key not in self._benches:
-            self._benches[key] = Bench(spec)
-        bench = self._benches[key]
-        if not change.around:
-            bench.foresee(spec, change.pruner, [change.shape])
-            return bench.outcome(spec, change.pruner, change.shape, spec.seed).memory
-        model, meter = bench.ready(spec)
-        prompt = make_prompt(bench.family, bench.card, change.shape, seed=spec.seed)
-        with ExitStack() as entered:
-            for around in change.around:
-                entered.enter_context(around(model))
-            return profile_prompt(
-                model, meter, change.pruner, spec.stack, prompt, new_tokens=spec.max_new_tokens, seed=spec.seed
-            ).memory
+        setup = Setup.of(spec, change.model)
+        if setup not in self._benches:
+            self._benches[setup] = Bench(setup)
+        ask = Ask(change.pruner, spec.stack, Prompt(change.shape), tokens, spec.seed, change.around)
+        return self._benches[setup], ask
 
 
-def _may_rise(memory: dict[str, Any], tokens: int) -> bool:
+def _may_rise(memory: Memory, tokens: int) -> bool:
     """Whether later decode steps could pass the peak so far: each adds a row of cache, and holds one layer's twice."""
-    columns = memory["tokens"]
+    columns = memory.fullest.tokens
     if len(columns) >= tokens:
         return False
     step = columns.kv_bytes[-1] - columns.kv_bytes[-2] if len(columns) > 1 else 0

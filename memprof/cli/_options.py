@@ -7,25 +7,47 @@ from typing import Annotated
 
 import typer
 
-Model = Annotated[str, typer.Option("--model", help="Model; `memprof list` names them.", show_default=True)]
+RUN_HELP = "A run folder, a folder of run folders, latest, or part of a name that `memprof runs` lists."
+ARun = Annotated[Path, typer.Argument(help=RUN_HELP, metavar="RUN", show_default=False)]
+Model = Annotated[
+    str,
+    typer.Option(
+        "--model", help="A name of `memprof list models`, a hub id in the cache, a folder, or a config.json.",
+        show_default=True,
+    ),
+]  # fmt: skip
 Methods = Annotated[
     list[str], typer.Option("--method", help="Pruning method, as topv or topv:keep=0.25,layer=3. Repeat to compare.")
 ]
 TaskName = Annotated[str, typer.Option("--task", help="Task: ai2d, ocrbench, folder.")]
 Device = Annotated[
-    str, typer.Option("--device", help="auto, cuda, sim or cpu; auto: cuda if there is one, else sim (proving: cpu).")
+    str, typer.Option("--device", help="auto, cuda, sim or cpu; auto: cuda if there is one, else sim (proving*: cpu).")
 ]
 StackName = Annotated[
     str, typer.Option("--stack", help="current: as transformers runs today; paper: fp32 logits of all positions.")
+]
+TextTokens = Annotated[
+    int | None,
+    typer.Option("--text-tokens", min=0, help="Tokens of every question; default: as counted, else the task's usual."),
+]
+Images = Annotated[
+    int | None,
+    typer.Option("--images", min=1, help="Pictures in a prompt: each sample's own in turn; default: as the data say."),
+]
+Batch = Annotated[
+    int | None, typer.Option("--batch", min=1, help="Prompts side by side, unpruned; default: as the data say.")
 ]
 Limit = Annotated[int | None, typer.Option("--limit", help="First N samples only.")]
 NewTokens = Annotated[int | None, typer.Option("--max-new-tokens", help="Tokens to make; default: the task's.")]
 MaxTiles = Annotated[
     int | None, typer.Option("--max-tiles", help="Most tiles an image is cut into; default: the model's.")
 ]
-Data = Annotated[str, typer.Option("--data", help="bundled, hub, or a file: .csv of shapes, .tsv, .parquet, a folder.")]
+Attention = Annotated[str, typer.Option("--attention", help="Attention of the language model: sdpa or eager.")]
+Data = Annotated[
+    str, typer.Option("--data", help="bundled, hub, a .csv of sizes, .jsonl, .tsv, .parquet, or a folder of pictures.")
+]
 Gpu = Annotated[
-    str | None, typer.Option("--gpu", help="Card to predict for: h100, a100, l4, ..., or its memory, as 8GiB.")
+    str | None, typer.Option("--gpu", help="Card to predict for, as 4090 (see `list cards`), or its memory, as 8GiB.")
 ]
 Weights = Annotated[str, typer.Option("--weights", help="random, hub, or the path of a checkpoint.")]
 Dtype = Annotated[str | None, typer.Option("--dtype", help="bfloat16, float16 or float32; default: as published.")]
@@ -49,22 +71,3 @@ Fidelity = Annotated[
         help="Compare each answer with the unpruned one's; default: where weights are real and run.",
     ),
 ]
-
-
-def resolve_device(name: str, model: str = "", gpu: str | None = None) -> str:
-    """``auto`` is CUDA where there is a card, else sim; for a ``model`` whose weights come with memprof, else cpu.
-
-    Where a card to predict for is named, it is sim.
-    """
-    if name != "auto":
-        return name
-    if gpu is not None:
-        return "sim"
-    import torch
-
-    from memprof.families import find_model
-    from memprof.families._proving import SelfContained
-
-    if torch.cuda.is_available():
-        return "cuda"
-    return "cpu" if model and isinstance(find_model(model)[0], SelfContained) else "sim"

@@ -53,10 +53,9 @@ def ask(
 
     memprof ask cat.jpg "What is this?" -o answers
     """
+    from memprof import api
     from memprof.analysis.ask import ask as ask_model
     from memprof.analysis.ask import open_picture
-    from memprof.families import find_model
-    from memprof.records import RunSpec
     from memprof.reports import answers
     from memprof.runner import complete_spec
     from memprof.units import check_unit, unit_for
@@ -68,15 +67,13 @@ def ask(
     if output is not None:
         answers.check_target(output, format)
     picture = open_picture(image)
-    card = find_model(model)[1]
     specs = [
         complete_spec(
-            RunSpec(
-                model=card.name, method=one, task="folder", device=opt.resolve_device(device, card.name), stack=stack,
-                dtype=dtype or card.dtype, weights=weights, data=str(image), max_new_tokens=max_new_tokens,
-                max_tiles=max_tiles, seed=seed,
+            api.spec(
+                model, one, "folder", device, stack=stack, dtype=dtype, weights=weights, data=str(image),
+                max_new_tokens=max_new_tokens, max_tiles=max_tiles, seed=seed,
             )
-        )[0]
+        )
         for one in method
     ]  # fmt: skip
     with _watch(quiet=quiet or json) as progress:
@@ -113,10 +110,11 @@ def _raise_failures(asked: Asked) -> None:
 @contextmanager
 def _watch(*, quiet: bool) -> Iterator[Callable[[str], None]]:
     """Which method is at work, on stderr, and only on a terminal."""
-    from rich.console import Console
     from rich.markup import escape
 
-    errors = Console(stderr=True)
+    from memprof.reports._paper import Screen
+
+    errors = Screen(stderr=True)
     with errors.status("loading the model") as status:
         if quiet or not errors.is_terminal:
             status.stop()

@@ -40,9 +40,10 @@ def doctor(json: opt.AsJson = False) -> None:
             _json.dumps({"schema": 1, "environment": environment(), "devices": devices, "optional": parts}, indent=1)
         )
         return
-    from rich.console import Console
     from rich.markup import escape
     from rich.table import Table
+
+    from memprof.reports._paper import Screen
 
     table = Table(box=None, pad_edge=False, show_header=False)
     table.add_column(style="bold", no_wrap=True)
@@ -55,7 +56,8 @@ def doctor(json: opt.AsJson = False) -> None:
     for name, state in devices.items():
         table.add_row(f"device {name}", "[green]ready[/green]" if state == "ready" else escape(state))
     for name, found in parts.items():
-        table.add_row(name, found or f"[yellow]absent[/yellow]: {escape(optional[name])}")
+        if name not in here["packages"]:
+            table.add_row(name, found or f"[yellow]absent[/yellow]: {escape(optional[name])}")
     settings = here["allocator_settings"]
     table.add_row("allocator", ", ".join(f"{k}={v}" for k, v in settings.items()) or "default settings")
-    Console().print(table)
+    Screen().print(table)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import sys
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -11,15 +10,14 @@ import typer
 from memprof.cli import _options as opt
 
 if TYPE_CHECKING:
-    from rich.console import Console
-
     from memprof.analysis.explain import Explanation
+    from memprof.reports._paper import Screen
 
 Row = tuple[str, ...]
 
 
 def explain(
-    run: Annotated[Path, typer.Argument(help="A run folder, or a folder that holds run folders.", show_default=False)],
+    run: opt.ARun,
     sample: Annotated[
         str | None, typer.Option("--sample", help="A sample's id; default: the one with the highest peak.")
     ] = None,
@@ -27,7 +25,7 @@ def explain(
         bool, typer.Option("--what-if/--no-what-if", help="Predict what would lower the peak (seconds to a minute).")
     ] = True,
     top: Annotated[int, typer.Option("--top", min=0, help="How many of the largest tensors to name.")] = 6,
-    unit: opt.Unit = "GiB",
+    unit: opt.FittingUnit = None,
     json: opt.AsJson = False,
     quiet: opt.Quiet = False,
 ) -> None:
@@ -38,20 +36,20 @@ def explain(
 
     memprof explain runs/first --sample ai2d-17 --json
     """
-    from rich.console import Console
-
     from memprof.analysis.explain import explain as explain_run
     from memprof.analysis.whatif import Benches
-    from memprof.store import find_runs
-    from memprof.units import check_unit
+    from memprof.cli._runs import find
+    from memprof.reports._paper import Screen
+    from memprof.units import check_unit, unit_for
 
-    check_unit(unit)
+    if unit is not None:
+        check_unit(unit)
     benches, found = Benches(), []
-    errors = Console(stderr=True)
+    errors = Screen(stderr=True)
     with errors.status("reading the run") as status:
         if quiet or json or not errors.is_terminal:
             status.stop()
-        for one in find_runs([run]):
+        for one in find([run]):
             found.append(
                 explain_run(
                     one, sample, what_if=what_if, benches=benches,
@@ -64,22 +62,24 @@ def explain(
         document = {"schema": 1, "explanations": [one.to_json() for one in found]}
         sys.stdout.write(encoder.dumps(document, indent=1, ensure_ascii=False) + "\n")
         return
-    for explanation in found:
-        _show(explanation, unit, top)
+    if len(found) == 1:
+        _show(found[0], unit_for(found[0].dynamic_peak_bytes, unit), top)
+    else:
+        _show_side_by_side(found, unit_for(max(one.dynamic_peak_bytes for one in found), unit))
 
 
 def _show(found: Explanation, unit: str, top: int) -> None:
-    from rich.console import Console
     from rich.text import Text
 
     from memprof.analysis.explain import floor_sentence, sentence
+    from memprof.reports._paper import Screen
     from memprof.units import format_bytes
 
     def size(n_bytes: int) -> str:
         return format_bytes(n_bytes, unit, 2)
 
-    console = Console(highlight=False)
-    console.print(Text(sentence(found, size), style="bold"), soft_wrap=True)
+    console = Screen(highlight=False)
+    console.print(Text(sentence(found, size), style="bold"))
     _where(console, found, unit)
     _holders(console, found, unit, top)
     if found.predicted_peak_bytes is None:
@@ -87,12 +87,78 @@ def _show(found: Explanation, unit: str, top: int) -> None:
     _answers(console, found, unit)
     for line in (floor_sentence(found, size), *found.notes):
         if line:
-            console.print(Text(line), soft_wrap=True)
+            console.print(Text(line))
     console.print()
 
 
-def _where(console: Console, found: Explanation, unit: str) -> None:
-    from memprof.figures.palette import PART_LABELS
+def _show_side_by_side(found: list[Explanation], unit: str) -> None:
+    """Several methods on one page: a sentence each, their parts beside each other, and what would lower each."""
+    from rich.text import Text
+
+    from memprof.analysis.explain import floor_sentence, sentence
+    from memprof.reports._paper import Screen
+    from memprof.telling.palette import PART_LABELS
+    from memprof.units import format_bytes
+
+    console = Screen(highlight=False)
+    names = _names(found)
+    for one in found:
+        console.print(Text(sentence(one, lambda n: format_bytes(n, unit, 2)), style="bold"))
+    held = [p for p in PART_LABELS if any(one.parts.get(p) for one in found)]
+    rows: list[Row] = [
+        (f"  {PART_LABELS[p]}", *(_number(one.parts[p], unit) if one.parts.get(p) else "-" for one in found))
+        for p in sorted(held, key=lambda p: -max(one.parts.get(p, 0) for one in found))
+    ]
+    rows.insert(0, ("dynamic", *(_number(one.dynamic_peak_bytes, unit) for one in found)))
+    rows.insert(0, ("static: weights and buffers", *(_number(one.static_bytes, unit) for one in found)))
+    _columns(console, f"Who holds it, in {unit}", "what", names, rows)
+    if any(one.predicted_peak_bytes is None for one in found):
+        return
+    _columns(console, f"Peak above static with one change, in {unit} (predicted; * may change answers)", "change",
+             names, _lowering(found, unit))  # fmt: skip
+    for name, one in zip(names, found, strict=True):
+        if line := floor_sentence(one, lambda n: format_bytes(n, unit, 2)):
+            console.print(Text(f"{name}: {line}"))
+    for line in dict.fromkeys(note for one in found for note in one.notes):
+        console.print(Text(line))
+
+
+def _names(found: list[Explanation]) -> list[str]:
+    """Titles, and the whole spec where two have the same."""
+    titles = [one.method for one in found]
+    return [t if titles.count(t) == 1 else one.spec["method"] for t, one in zip(titles, found, strict=True)]
+
+
+def _lowering(found: list[Explanation], unit: str) -> list[Row]:
+    """The peak as it is, then a row a change that lowers any of them; where it does not, a dash."""
+    lower: dict[str, dict[int, int]] = {}
+    most: dict[str, int] = {}
+    for number, one in enumerate(found):
+        for answer in one.answers:
+            if not answer.refused and answer.saved_bytes >= (one.predicted_peak_bytes or 0) / 1000:
+                name = answer.name if answer.exact else f"{answer.name} *"
+                lower.setdefault(name, {})[number] = answer.dynamic_peak_bytes
+                most[name] = max(most.get(name, 0), answer.saved_bytes)
+    base: Row = ("as it is", *(_number(one.predicted_peak_bytes or 0, unit) for one in found))
+    return [
+        base,
+        *(
+            (name, *(_number(lower[name][i], unit) if i in lower[name] else "-" for i in range(len(found))))
+            for name in sorted(lower, key=lambda name: -most[name])
+        ),
+    ]
+
+
+def _columns(console: Screen, title: str, first: str, names: list[str], rows: list[Row]) -> None:
+    """A table with a column a method, or so many tables that every column has its room."""
+    room = max(1, (console.width - 30) // (max(map(len, [*names, "0.000"])) + 2))
+    for start in range(0, len(names), room):
+        part = slice(1 + start, 1 + start + room)
+        _print(console, title, first, names[start : start + room], [(row[0], *row[part]) for row in rows])
+
+
+def _where(console: Screen, found: Explanation, unit: str) -> None:
+    from memprof.telling.palette import PART_LABELS
 
     def share(n_bytes: int) -> str:
         return f"{n_bytes / found.dynamic_peak_bytes:.1%}"
@@ -109,16 +175,16 @@ def _where(console: Console, found: Explanation, unit: str) -> None:
     _print(console, f"Who holds it ({found.status})", "what", [unit, "of dynamic"], rows)
 
 
-def _holders(console: Console, found: Explanation, unit: str, top: int) -> None:
-    from memprof.analysis.holders import line
+def _holders(console: Screen, found: Explanation, unit: str, top: int) -> None:
+    from memprof.telling.holders import line
 
     rows: list[Row] = [(line(holder), _number(holder.bytes, unit)) for holder in found.holders[:top]]
     if rows:
         _print(console, "Largest tensors then", "module: operator, shape, dtype", [unit], rows)
 
 
-def _answers(console: Console, found: Explanation, unit: str) -> None:
-    """The changes that change something, then in one line those that do not."""
+def _answers(console: Screen, found: Explanation, unit: str) -> None:
+    """The changes that lower the peak, best first, then in one line those that do not."""
     assert found.predicted_peak_bytes is not None
     base = found.predicted_peak_bytes
     rows: list[Row] = [("as it is", _number(base, unit), "", "", found.words)]
@@ -126,7 +192,7 @@ def _answers(console: Console, found: Explanation, unit: str) -> None:
     for answer in found.answers:
         if answer.refused:
             failed.append(f"{answer.name}: could not be predicted ({answer.refused})")
-        elif abs(answer.saved_bytes) < base / 1000:
+        elif answer.saved_bytes < base / 1000:
             idle.append(answer.name)
         else:
             name, saved = answer.name if answer.exact else f"{answer.name} *", answer.saved_bytes
@@ -134,8 +200,8 @@ def _answers(console: Console, found: Explanation, unit: str) -> None:
             rows.append((name, *numbers, answer.words))
     title = "What would lower it (predicted; * may change answers)"
     _print(console, title, "change", [f"peak {unit}", "saves", ""], rows, last="then held by")
-    for line in ([f"No difference: {'; '.join(idle)}."] if idle else []) + failed:
-        console.print(line, soft_wrap=True, markup=False)
+    for line in ([f"Would not lower it: {'; '.join(idle)}."] if idle else []) + failed:
+        console.print(line, markup=False)
 
 
 def _number(n_bytes: int, unit: str) -> str:
@@ -146,7 +212,7 @@ def _number(n_bytes: int, unit: str) -> str:
 
 
 def _print(
-    console: Console, title: str, first: str, numbers: list[str], rows: list[Row], last: str | None = None
+    console: Screen, title: str, first: str, numbers: list[str], rows: list[Row], last: str | None = None
 ) -> None:
     """A table: text, numbers, and maybe text again."""
     from rich import box

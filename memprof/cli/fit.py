@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 
 def fit(
-    gpu: Annotated[str, typer.Option("--gpu", help="The card: h100, a100, l4, ..., or its memory, as 8GiB.")],
+    gpu: Annotated[str, typer.Option("--gpu", help="The card: h100, a100, 4090, ..., or its memory, as 8GiB.")],
     model: opt.Model = "internvl2-2b",
     method: Annotated[str, typer.Option("--method", help="Pruning method, as topv:keep=0.25.")] = "baseline",
     stack: opt.StackName = "current",
@@ -25,12 +25,15 @@ def fit(
     images: Annotated[int, typer.Option("--images", min=1, help="Images in the prompt.")] = 1,
     text_tokens: Annotated[int, typer.Option("--text-tokens", min=0, help="Tokens of the question.")] = 53,
     max_new_tokens: Annotated[int, typer.Option("--max-new-tokens", min=1, help="Tokens of the answer.")] = 16,
+    max_tiles: opt.MaxTiles = None,
+    attention: opt.Attention = "sdpa",
+    weights: opt.Weights = "random",
     dtype: opt.Dtype = None,
     context: Annotated[
         str | None,
         typer.Option("--context", help="What the CUDA context takes; default 500MiB, which may be 150 MiB off."),
     ] = None,
-    unit: opt.Unit = "GiB",
+    unit: opt.FittingUnit = None,
     json: opt.AsJson = False,
 ) -> None:
     """Say how many tiles, images and new tokens fit on a card, or which share of the visual tokens; all predicted.
@@ -47,20 +50,14 @@ def fit(
 
     memprof fit --gpu 6GiB --stack paper --method topv --context 600MiB --json
     """
-    from memprof.analysis.fit import fit as find_fit
-    from memprof.families import find_model
-    from memprof.records import RunSpec
-    from memprof.simulator.cards import find_card
-    from memprof.units import check_unit, parse_bytes
+    from memprof import api
+    from memprof.units import check_unit, unit_for
 
-    check_unit(unit)
-    card = find_model(model)[1]
-    spec = RunSpec(
-        model=card.name, method=method, task="ai2d", device="sim", stack=stack, dtype=dtype or card.dtype,
-        max_new_tokens=max_new_tokens,
-    )  # fmt: skip
-    found = find_fit(
-        spec, find_card(gpu), context_bytes=None if context is None else parse_bytes(context), tiles=tiles,
+    if unit is not None:
+        check_unit(unit)
+    found = api.fits(
+        gpu, model, context=context, method=method, stack=stack, dtype=dtype, attention=attention, weights=weights,
+        max_new_tokens=max_new_tokens, max_tiles=max_tiles, tiles=tiles if tiles is not None else max_tiles,
         images=images, question_tokens=text_tokens,
     )  # fmt: skip
     if json:
@@ -68,19 +65,19 @@ def fit(
 
         sys.stdout.write(_json.dumps({"schema": 1, **found.to_json()}, indent=1, ensure_ascii=False) + "\n")
     else:
-        _print(found, unit)
+        _print(found, unit_for(found.gpu_bytes, unit))
 
 
 def _print(found: Fit, unit: str) -> None:
     from rich import box
-    from rich.console import Console
     from rich.table import Table
 
     from memprof.analysis.fit import as_text
-    from memprof.simulator.cards import CARDS
+    from memprof.gpus import CARDS
+    from memprof.reports._paper import Screen
     from memprof.units import format_bytes
 
-    console = Console(highlight=False)
+    console = Screen(highlight=False)
     need, named = found.need, found.gpu in CARDS
     card = f"{found.gpu} of {format_bytes(found.gpu_bytes, unit)}" if named else format_bytes(found.gpu_bytes, unit)
     console.print(

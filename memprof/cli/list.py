@@ -1,24 +1,32 @@
-"""``memprof list``: every model, method, task and device, with fields and defaults. Loads no torch."""
+"""``memprof list``: every model, method, task, device and card, with fields and defaults. Loads no torch."""
 
 from __future__ import annotations
 
 import dataclasses
 import importlib.util
 from collections.abc import Sequence
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from memprof.cli import _options as opt
 
+if TYPE_CHECKING:
+    from memprof.families import Model
+
+#: Where a field's default comes from, in words.
+ORIGINS = {
+    "paper": "as in the paper", "code": "as in its code", "memprof": "memprof's choice",
+    "second-hand": "as others describe it",
+}  # fmt: skip
 Rows = Sequence[dict[str, Any]]
 
 
 def list(
-    kind: Annotated[str, typer.Argument(help="all, models, methods, tasks or devices.")] = "all",
+    kind: Annotated[str, typer.Argument(help="all, models, methods, tasks, devices or cards.")] = "all",
     json: opt.AsJson = False,
 ) -> None:
-    """Show what memprof knows: models, methods with their papers and fields, tasks, devices.
+    """Show what memprof knows: models, methods with their papers and fields, tasks, devices, cards to predict for.
 
     Examples:
     memprof list
@@ -29,7 +37,7 @@ def list(
     """
     from memprof.errors import UnknownName
 
-    kinds = {"models": _models, "methods": _methods, "tasks": _tasks, "devices": _devices}
+    kinds = {"models": _models, "methods": _methods, "tasks": _tasks, "devices": _devices, "cards": _cards}
     if kind != "all" and kind not in kinds:
         raise UnknownName("kind", kind, ["all", *kinds])
     found = {name: rows() for name, rows in kinds.items() if kind in ("all", name)}
@@ -42,15 +50,20 @@ def list(
 
 
 def _models() -> Rows:
-    from memprof.families import all_cards
+    from memprof.models.find import named
 
     return [
         {
-            "name": card.name, "family": family.title, "hub": card.hub, "dtype": card.dtype,
-            "layers": card.text["num_hidden_layers"], "source": card.source,
+            "name": one.name, "family": one.family.title, "hub": one.hub, "dtype": one.dtype, "layers": one.layers,
+            "hidden": one.hidden, "kv_bytes_per_token": _kv_bytes(one), "source": one.source,
         }
-        for family, card in all_cards().values()
+        for one in named().values()
     ]  # fmt: skip
+
+
+def _kv_bytes(model: Model) -> int:
+    """What one token takes in the caches of all layers, keys and values, in the model's own dtype."""
+    return 2 * model.layers * model.kv_numbers * (4 if model.dtype == "float32" else 2)
 
 
 def _methods() -> Rows:
@@ -82,31 +95,60 @@ def _devices() -> Rows:
         spec = importlib.util.find_spec(f"memprof.meters.{name}")
         if spec is not None and spec.origin is not None:
             with open(spec.origin, encoding="utf-8") as file:
-                rows.append({"name": name, "about": file.readline().strip().strip('"')})
+                rows.append({"name": name, "about": file.readline().strip().strip('"').replace("``", "")})
     return rows
 
 
+def _cards() -> Rows:
+    from memprof.gpus import CARDS, DEFAULT, calibrated
+
+    return [
+        {
+            "name": card.name, "memory_bytes": card.memory_bytes, "capability": ".".join(map(str, card.capability)),
+            "context_bytes": calibrated(card).context_bytes, "measured": bool(calibrated(card).measured),
+            "default": card.name == DEFAULT, "source": card.source,
+        }
+        for card in CARDS.values()
+    ]  # fmt: skip
+
+
 def _show(found: dict[str, Any]) -> None:
-    from rich.console import Console
     from rich.table import Table
 
-    console = Console()
+    from memprof.reports._paper import Screen
+
+    console = Screen()
     for kind, rows in found.items():
         console.print(f"[bold]{kind}[/bold]")
         if kind == "methods":
             for row in rows:
                 console.print(_method(row))
             continue
+        if kind == "cards":
+            rows = [_card(row) for row in rows]
         columns = {
-            "models": ("name", "layers", "dtype", "hub"),
+            "models": ("name", "family", "layers", "hidden", "dtype", "hub"),
             "tasks": ("name", "title", "metric"),
             "devices": ("name", "about"),
+            "cards": ("name", "memory", "context", "note"),
         }[kind]
-        table = Table(*columns, box=None, pad_edge=False, header_style="dim")
+        table = Table(box=None, pad_edge=False, header_style="dim")
+        for column in columns:
+            table.add_column(column, no_wrap=column == "name", overflow="fold")
         for row in rows:
             table.add_row(*(str(row[c] if row[c] is not None else "-") for c in columns))
         console.print(table)
         console.print()
+
+
+def _card(row: dict[str, Any]) -> dict[str, Any]:
+    from memprof.units import format_bytes
+
+    notes = ["predicted for where no card is named"] * row["default"] + ["context measured" if row["measured"] else ""]
+    return {
+        "name": row["name"], "memory": format_bytes(row["memory_bytes"], digits=1),
+        "context": format_bytes(row["context_bytes"], "MiB", 0), "note": "; ".join(filter(None, notes)),
+    }  # fmt: skip
 
 
 def _method(row: dict[str, Any]) -> Any:
@@ -119,12 +161,12 @@ def _method(row: dict[str, Any]) -> Any:
     about = Table.grid(padding=(0, 2))
     about.add_column(style="dim", no_wrap=True)
     about.add_column()
-    for name in ("paper", "reference", "departs"):
-        if row[name]:
-            about.add_row(name, Text(row[name]))
+    for name, key in (("paper", "paper"), ("reference", "reference"), ("differs", "departs")):
+        if row[key]:
+            about.add_row(name, Text(row[key]))
     for f in row["fields"]:
         choices = f" ({'|'.join(map(str, f['choices']))})" if f["choices"] else ""
-        line = Text(f"{f['help']}{choices}")
-        line.append(f"  {f['origin']}", style="dim")
+        line = Text(f"{f['help']}{choices}".replace("second-hand", ORIGINS["second-hand"]))
+        line.append(f"  {ORIGINS.get(f['origin'], f['origin'])}", style="dim")
         about.add_row(Text(f"{f['name']}={f['default']}", style="default"), line)
     return Group(Text(row["name"], style="bold cyan"), Padding(about, (0, 0, 1, 2)))

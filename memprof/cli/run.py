@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import sys
 from datetime import datetime
 from functools import partial
@@ -40,9 +41,10 @@ def run(
     weights: opt.Weights = "random",
     dtype: opt.Dtype = None,
     gpu: opt.Gpu = None,
-    attention: Annotated[
-        str, typer.Option("--attention", help="Attention of the language model: sdpa or eager.")
-    ] = "sdpa",
+    attention: opt.Attention = "sdpa",
+    text_tokens: opt.TextTokens = None,
+    images: opt.Images = None,
+    batch: opt.Batch = None,
     shard: Annotated[
         str | None, typer.Option("--shard", help="i/n: every n-th sample; default: torchrun's or SLURM's, 1/1: all.")
     ] = None,
@@ -58,6 +60,9 @@ def run(
         bool, typer.Option("--retry-failed", help="With --resume: run the samples again that did not finish.")
     ] = False,
     force: Annotated[bool, typer.Option("--force", help="Replace the run that is in the folder.")] = False,
+    listed: Annotated[
+        bool, typer.Option("--listed/--unlisted", hidden=True, help="Whether `memprof runs` is to know it.")
+    ] = True,
     unit: opt.FittingUnit = None,
     json: opt.AsJson = False,
     quiet: opt.Quiet = False,
@@ -77,24 +82,22 @@ def run(
     memprof run --preset runs/tuned/preset.json --device sim
     """
     del preset  # its callback has made it the defaults of the others
+    from memprof import api
+    from memprof.bench import Bench
+    from memprof.cli._runs import remember
     from memprof.errors import DataError, DoesNotFit, OutOfMemory, UsageError
-    from memprof.families import find_model
-    from memprof.records import RunSpec
-    from memprof.runner import Bench, complete_spec
-    from memprof.runner import run as make_run
-    from memprof.simulator.cards import find_card
+    from memprof.gpus import find_card
+    from memprof.runner import complete_spec
+    from memprof.stopping import kept
     from memprof.store import SAMPLES_FILE
-    from memprof.tasks import TASKS
     from memprof.units import check_unit
 
     if unit is not None:
         check_unit(unit)
-    card = find_model(model)[1]
-    device = opt.resolve_device(device, model, gpu)
     if gpu is not None:
-        if device != "sim":
+        if device not in ("auto", "sim"):
             raise UsageError(f"--gpu {gpu} names a card to predict for; it goes with --device sim")
-        find_card(gpu)
+        gpu = find_card(gpu).name
     if retry_failed and not resume:
         raise UsageError("--retry-failed goes with --resume")
     if shard is None:
@@ -102,29 +105,35 @@ def run(
     elif shard == "1/1":
         shard = None
     asked = [
-        RunSpec(
-            model=card.name, method=one, task=task, device=device, stack=stack,
-            dtype=dtype or card.dtype, attention=attention, weights=weights, data=data,
-            max_new_tokens=TASKS.load(task).max_new_tokens if max_new_tokens is None else max_new_tokens,
-            max_tiles=max_tiles, limit=limit, shard=shard, warmup=warmup, seed=seed, gpu=gpu,
+        api.spec(
+            model, one, task, device, stack=stack, dtype=dtype, attention=attention, weights=weights, data=data,
+            max_new_tokens=max_new_tokens, max_tiles=max_tiles, limit=limit, shard=shard, warmup=warmup, seed=seed,
+            gpu=gpu, text_tokens=text_tokens, images=images, batch=batch,
         )
         for one in method
     ]  # fmt: skip
-    specs = [complete_spec(one)[0] for one in asked]  # every mistake shows before a model is built
-    paths = folders(output or _new_folder(specs[0]), specs)
+    done = [complete_spec(one) for one in asked]  # every mistake shows before a model is built
+    specs = [one.spec for one in done]
+    output = output or _new_folder(specs[0])
+    paths = folders(output, specs)
     judge = _judge(specs[0], fidelity)
-    bench = Bench(specs[0])
+    bench = Bench(done[0].setup)
     runs: list[Run] = []
-    with _watch(specs, quiet=quiet or json, verbose=verbose, unit=unit) as watch:
+    with kept(partial(_kept, output, paths)), _watch(specs, quiet=quiet or json, verbose=verbose, unit=unit) as watch:
         for spec, path in zip(specs, paths, strict=True):
             bench.on_recording = partial(watch.recording, spec.method)
             runs.append(
-                make_run(
+                api.run(
                     spec, path, bench=bench, resume=resume, force=force, retry_failed=retry_failed,
                     progress=watch.sample, judge=judge,
                 )
             )  # fmt: skip
+    folder = paths[0] if len(paths) == 1 else paths[0].parent
+    if listed:
+        remember(folder)
     _print(runs, unit, as_json=json)
+    if not quiet and not json:
+        typer.echo(f"saved in {folder}; next: memprof explain latest, memprof plot latest", err=True)
     failed = [s for one in runs for s in one.samples if not s.ok]
     if failed and resume and not retry_failed:
         every = sum(len(one.samples) for one in runs)
@@ -132,13 +141,77 @@ def run(
     refused = sum(s.status == "oom" for s in failed)
     count = f"{refused} sample{'s' * (refused != 1)}"
     if refused and runs[0].record.status == "predicted":
+        for line in filter(None, map(_what_it_needs, runs) if not quiet and not json else ()):
+            typer.echo(line, err=True)
         raise DoesNotFit(f"{count} predicted not to fit on {gpu}; {SAMPLES_FILE} says where")
+    if gpu is not None and not failed and not quiet and not json:
+        _say_room(runs, gpu)
     if refused:
-        raise OutOfMemory(f"{count} ran out of memory; {SAMPLES_FILE} says where")
+        if any(not one.finished and any(s.status == "oom" for s in one.samples) for one in runs):
+            raise OutOfMemory(f"{count} ran out of memory; {SAMPLES_FILE} says where")
+        typer.echo(f"memprof: {count} of {sum(len(one.samples) for one in runs)} ran out of memory; the others are "
+                   f"done, and {SAMPLES_FILE} says where", err=True)  # fmt: skip
     lost = [one for one in runs if one.samples and not one.finished]
     if lost:
         names = ", ".join(one.record.spec.method for one in lost)
         raise DataError(f"no sample finished under {names}; the first failed with: {lost[0].samples[0].error}")
+
+
+def _kept(output: Path, paths: list[Path]) -> str:
+    """What a run that was stopped leaves, and the command that goes on."""
+    from memprof.cli._runs import remember
+    from memprof.store import SAMPLES_FILE
+
+    files = [path / SAMPLES_FILE for path in paths]
+    lines = sum(file.read_bytes().count(b"\n") for file in files if file.exists())
+    if not lines:
+        return "no sample was finished yet"
+    remember(output)
+    words = shlex.join(["memprof", *_without_folder(sys.argv[1:]), "-o", str(output), "--resume"])
+    return f"{lines} sample{'s' * (lines != 1)} kept in {output}; go on with: {words}"
+
+
+def _without_folder(words: list[str]) -> list[str]:
+    """The words of a command without those that say where it writes and what of it."""
+    kept: list[str] = []
+    skip = False
+    for word in words:
+        if skip or word in ("--resume", "--force"):
+            skip = False
+        elif word in ("-o", "--output"):
+            skip = True
+        elif not word.startswith(("--output=", "-o")):
+            kept.append(word)
+    return kept
+
+
+def _what_it_needs(run: Run) -> str | None:
+    """What the largest sample that a card refused would need, and who holds it; None where none was refused."""
+    from memprof.analysis.fit import need_of
+    from memprof.telling import facts
+    from memprof.units import format_bytes
+
+    refused = [s for s in run.samples if s.status == "oom" and s.shape is not None]
+    if not refused:
+        return None
+    largest = max(refused, key=lambda s: s.shape.length if s.shape else 0)
+    need = need_of(run, largest)
+    return (
+        f"{facts.labels([run])[0]} needs {format_bytes(need.device_bytes)} for sample {largest.id}, most above the "
+        f"weights held by {need.held_by}"
+    )
+
+
+def _say_room(runs: list[Run], gpu: str) -> None:
+    """That everything fits, and how much is to spare."""
+    from memprof.gpus import find_card
+    from memprof.records import summarize
+    from memprof.units import format_bytes
+
+    memory, most = find_card(gpu).memory_bytes, max(summarize(one)["device_bytes"] or 0 for one in runs)
+    if memory is not None and most:
+        spare = format_bytes(max(0, memory - most), digits=1)
+        typer.echo(f"fits on {gpu}, predicted: {format_bytes(most, digits=1)} needed, {spare} to spare", err=True)
 
 
 def _inferred_shard() -> str | None:
@@ -158,15 +231,18 @@ def _inferred_shard() -> str | None:
 
 def _judge(spec: RunSpec, asked: bool | None) -> Judge | None:
     """What compares answers with the unpruned ones, where that is asked for, or not refused and possible."""
-    from memprof.analysis.fidelity import Judge, check_weights
     from memprof.errors import UsageError
 
     runs = spec.device != "sim"
+    if not asked and (asked is False or not runs or spec.weights == "random"):
+        return None
+    from memprof.analysis.fidelity import Judge, check_weights
+
     if asked:
         check_weights(spec.weights)
         if not runs:
             raise UsageError("fidelity compares what a model writes, and --device sim writes nothing; take cuda or cpu")
-    return Judge() if asked or (asked is None and runs and spec.weights != "random") else None
+    return Judge()
 
 
 def folders(output: Path, specs: list[RunSpec]) -> list[Path]:
@@ -186,7 +262,10 @@ def folders(output: Path, specs: list[RunSpec]) -> list[Path]:
 
 def _new_folder(spec: RunSpec) -> Path:
     """A folder of its own for a run that was given none: nothing finished is lost."""
-    stem = f"{datetime.now():%Y-%m-%d_%H-%M-%S}_{spec.model}_{spec.task}"
+    from memprof.telling.facts import slug
+
+    data = spec.task if spec.data in ("bundled", "hub") else slug(Path(spec.data).stem)
+    stem = f"{datetime.now():%Y-%m-%d_%H-%M-%S}_{slug(spec.model)}_{data}"
     path, number = Path("runs") / stem, 2
     while path.exists():
         path, number = Path("runs") / f"{stem}_{number}", number + 1
@@ -197,10 +276,11 @@ class _watch:
     """Live progress on stderr, and only on a terminal: samples, tokens, present and highest memory."""
 
     def __init__(self, specs: list[RunSpec], *, quiet: bool, verbose: bool, unit: str | None) -> None:
-        from rich.console import Console
         from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-        self.console = Console(stderr=True)
+        from memprof.reports._paper import Screen
+
+        self.console = Screen(stderr=True)
         self.verbose, self.unit, self.names = verbose, unit, [spec.method for spec in specs]
         self.bar = Progress(
             TextColumn("{task.description}"), BarColumn(bar_width=20), MofNCompleteColumn(),
@@ -236,7 +316,7 @@ class _watch:
         )  # fmt: skip
         if self.verbose:
             said = ", ".join(filter(None, (present, last.error)))
-            self.console.print(f"{run.record.spec.method} {last.id}: {said}", highlight=False)
+            self.console.print(f"{run.record.spec.method} {last.id}: {said}", highlight=False, markup=False)
 
 
 def _print(runs: list[Run], unit: str | None, *, as_json: bool) -> None:

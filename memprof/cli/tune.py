@@ -13,6 +13,8 @@ import typer
 from memprof.cli import _options as opt
 
 if TYPE_CHECKING:
+    from rich.console import Console, RenderableType
+
     from memprof.tuning import Question, Trial
 
 _CONTROLS = ("random", "uniform")
@@ -59,7 +61,7 @@ def tune(
         Path | None, typer.Option("--output", "-o", help="The session's folder; one that was cut goes on there.")
     ] = None,
     plot: Annotated[Path | None, typer.Option("--plot", help="Draw the front into this folder.")] = None,
-    unit: opt.Unit = "GiB",
+    unit: opt.FittingUnit = None,
     json: opt.AsJson = False,
     quiet: opt.Quiet = False,
 ) -> None:
@@ -77,31 +79,28 @@ def tune(
 
     memprof tune --budget 20GiB --device cuda --storage postgresql://me@host/tuning    (once per GPU or SLURM task)
     """
-    from memprof.families import find_model
-    from memprof.records import RunSpec
+    from memprof import api
     from memprof.runner import complete_spec
-    from memprof.tasks import TASKS
+    from memprof.telling.facts import slug
     from memprof.tuning import Question
-    from memprof.units import check_unit, parse_bytes
+    from memprof.units import check_unit, parse_size
 
-    check_unit(unit)
+    if unit is not None:
+        check_unit(unit)
     _need_optuna()
-    card = find_model(model)[1]
-    spec = RunSpec(
-        model=card.name, method="baseline", task=task, device=opt.resolve_device(device, model), stack=stack,
-        dtype=dtype or card.dtype, weights=weights, data=data,
-        max_new_tokens=TASKS.load(task).max_new_tokens if max_new_tokens is None else max_new_tokens,
-        max_tiles=max_tiles, limit=limit, seed=seed,
+    spec = api.spec(
+        model, "baseline", task, device, stack=stack, dtype=dtype, weights=weights, data=data,
+        max_new_tokens=max_new_tokens, max_tiles=max_tiles, limit=limit, seed=seed,
     )  # fmt: skip
     question = Question(
         spec=complete_spec(spec)[0],
         methods=(*method, *(name for name in _CONTROLS if controls and name not in method)),
-        budget_bytes=parse_bytes(budget) if budget is not None else None,
+        budget_bytes=parse_size(budget) if budget is not None else None,
         max_loss=max_loss,
         objective=objective,
         search=tuple(name.strip() for name in search.split(",")) if search is not None else None,
     )
-    folder = output or Path("runs") / f"{datetime.now():%Y-%m-%d_%H-%M-%S}_tune_{card.name}_{task}"
+    folder = output or Path("runs") / f"{datetime.now():%Y-%m-%d_%H-%M-%S}_tune_{slug(spec.model)}_{task}"
     _session(question, folder, storage, study, trials, plot, unit, as_json=json, quiet=quiet)
 
 
@@ -115,15 +114,18 @@ def _need_optuna() -> None:
 
 
 def _session(
-    question: Question, folder: Path, storage: str | None, study: str | None, trials: int, plot: Path | None, unit: str,
-    *, as_json: bool, quiet: bool,
+    question: Question, folder: Path, storage: str | None, study: str | None, trials: int, plot: Path | None,
+    unit: str | None, *, as_json: bool, quiet: bool,
 ) -> None:  # fmt: skip
     """Work on the study until it is done, then say what it found."""
+    from memprof.lines import masked
     from memprof.meters import METERS
+    from memprof.stopping import kept
     from memprof.tuning import Evaluate, answer
     from memprof.tuning.preset import preset_of, write_preset
     from memprof.tuning.study import Session, open_storage, study_name
     from memprof.tuning.trials import Measurer, Predictor, card_bytes
+    from memprof.units import GIB, unit_for
 
     METERS.load(question.spec.device).check()
     url = storage or f"journal://{(folder / 'study.journal').absolute()}"
@@ -135,14 +137,17 @@ def _session(
         assert predictor is not None
         evaluate = predictor
     session = Session(question, open_storage(url), study or study_name(question))
-    with _watch(question, unit, quiet=quiet or as_json) as tell:
+    words = f"finished trials are kept; the same command with -o {folder} goes on"
+    shown = _watch(question, unit_for(question.budget_bytes or GIB, unit), quiet=quiet or as_json)
+    with kept(lambda: words), shown as tell:
         rows = session.work(evaluate, trials, tell)
+    unit = unit_for(max((row.result.peak_allocated_bytes for row in rows if row.result), default=GIB), unit)
     best = answer.best_of(question, rows)
     document: dict[str, Any] = {
         "schema": 1,
         "question": question.to_json(),
         "study": session.study.study_name,
-        "storage": _without_password(url),
+        "storage": masked(url),
         "path": str(folder),
         "best": best.to_json() if best else None,
         "methods": {m: t.to_json() if t else None for m, t in answer.best_by_method(question, rows).items()},
@@ -169,12 +174,6 @@ def _session(
     if best is None:
         static = predictor.static_bytes if predictor is not None else None
         raise answer.nothing_found(question, rows, static, unit)
-
-
-def _without_password(url: str) -> str:
-    import re
-
-    return re.sub(r"(://[^:@/]*):[^@/]*@", r"\1:***@", url)
 
 
 def _draw(question: Question, rows: Sequence[Trial], out: Path, unit: str) -> list[str]:
@@ -209,10 +208,11 @@ class _watch:
     """A live table of trials on stderr, and only on a terminal."""
 
     def __init__(self, question: Question, unit: str, *, quiet: bool) -> None:
-        from rich.console import Console
         from rich.live import Live
 
-        console = Console(stderr=True)
+        from memprof.reports._paper import Screen
+
+        console = Screen(stderr=True)
         self.question, self.unit = question, unit
         self.live = None if quiet or not console.is_terminal else Live(console=console, auto_refresh=False)
 
@@ -228,53 +228,51 @@ class _watch:
     def _update(self, rows: list[Trial]) -> None:
         if self.live is not None:
             shown = rows[-max(5, self.live.console.height - 6) :]
-            self.live.update(_table(self.question, shown, self.unit), refresh=True)
+            self.live.update(_table(self.live.console, self.question, shown, self.unit), refresh=True)
 
 
-def _table(question: Question, rows: Sequence[Trial], unit: str) -> Any:
+def _table(console: Console, question: Question, rows: Sequence[Trial], unit: str) -> RenderableType:
     """Trials, one a row."""
-    from rich import box
-    from rich.table import Table
-    from rich.text import Text
-
-    from memprof.figures.palette import method_colour
     from memprof.plugins import split_spec
+    from memprof.reports._fitting import fitting
+    from memprof.telling.palette import method_colour
     from memprof.units import in_unit
 
     fields = list(dict.fromkeys(f.name for own in question.fields.values() for f in own))
-    table = Table(box=box.HORIZONTALS, padding=(0, 2, 0, 0), pad_edge=False, header_style="bold")
     lost = "loss" if question.quality else "pruned"
-    for name in ("trial", "method", *fields, f"peak ({unit})", "fits", lost, "FLOPs cut", "status"):
-        table.add_column(name, justify="left" if name in ("method", "status") else "right", no_wrap=True)
+    sizes = [f"peak ({unit})"] + [f"total ({unit})"] * any(row.result and row.result.device_bytes for row in rows)
+    styles, cells = list[str](), list[list[str]]()
     for row in rows:
         name, values = split_spec(row.method)
         found = row.result
         known = found is not None and found.status != "failed"
-        table.add_row(
-            str(row.number), Text(name, style=method_colour(name)),
-            *(str(row.params.get(field, values.get(field, "-"))) for field in fields),
-            f"{in_unit(found.peak_allocated_bytes, unit):.3f}" if found and found.peak_allocated_bytes else "-",
+        held = (found.peak_allocated_bytes, found.device_bytes) if found else (0, 0)
+        styles.append(method_colour(name))
+        cells.append([
+            name, str(row.number), *(str(row.params.get(field, values.get(field, "-"))) for field in fields),
+            *(f"{in_unit(n_bytes, unit):.3f}" if n_bytes else "-" for n_bytes in held[: len(sizes)]),
             {True: "yes", False: "no", None: "-"}[row.fits],
             f"{found.forgone:.3f}" if found and known else "-",
             f"{100 * found.visual_flops_cut:.1f} %" if found and known else "-",
             found.status if found else "running",
-        )  # fmt: skip
-    return table
+        ])  # fmt: skip
+    return fitting(console, styles, ["method", "trial", *fields, *sizes, "fits", lost, "FLOPs cut", "status"], cells)
 
 
 def _print(question: Question, rows: Sequence[Trial], document: dict[str, Any], unit: str) -> None:
     """The front, the answer, and what each field does."""
-    from rich.console import Console
-
+    from memprof.reports._paper import Screen
     from memprof.tuning import answer
     from memprof.units import format_bytes
 
-    console = Console(highlight=False, soft_wrap=True)
+    console = Screen(highlight=False, soft_wrap=True)
     status = "measured" if question.measured else "predicted"
     console.print(
         f"[bold]front: {question.spec.model} on {question.spec.task}, {question.spec.stack} stack, {status}[/]"
     )
-    console.print(_table(question, answer.front_of(question, rows), unit))
+    console.print(_table(console, question, answer.front_of(question, rows), unit))
+    if any(row.result and row.result.device_bytes for row in rows):
+        console.print("total: peak, cached and the CUDA context, as nvidia-smi shows it", style="dim")
     for method, best in answer.best_by_method(question, rows).items():
         if best is None or best.result is None:
             console.print(f"{method}: nothing fits")
@@ -284,7 +282,7 @@ def _print(question: Question, rows: Sequence[Trial], document: dict[str, Any], 
     for row in document["sensitivity"]["fields"]:
         span = format_bytes(row["span_bytes"], unit)
         console.print(
-            f"{row['method']} {row['field']}: {100 * row['share']:.0f} % of the variance, {span}", style="dim"
+            f"{row['method']} {row['field']}: {100 * row['share']:.0f} % of how peaks vary, {span}", style="dim"
         )
     if document["sensitivity"]["fields"]:
         console.print(f"({answer.SENSITIVITY})", style="dim")

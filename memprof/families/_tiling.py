@@ -15,6 +15,8 @@ from PIL import Image
 
 #: Mean and standard deviation of ImageNet, which InternVL normalises by (RGB, after scaling to [0, 1]).
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+#: Those CLIP normalises by.
+CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 
 
 @cache
@@ -73,3 +75,10 @@ def denormalise(
     """The tiles that :func:`normalise` was given, ``(tiles, height, width, 3)`` in [0, 255]."""
     scaled = pixels.transpose(0, 2, 3, 1) * np.asarray(std, dtype=np.float32) + np.asarray(mean, dtype=np.float32)
     return (scaled * 255).round().clip(0, 255).astype(np.uint8)
+
+
+def centres(across: int, down: int) -> npt.NDArray[np.float32]:
+    """Centres of a grid's cells row by row, ``(across * down, 2)`` as x, y in units of the grid's edges."""
+    x, y = ((np.arange(n, dtype=np.float32) + 0.5) / n for n in (across, down))
+    rows, columns = np.meshgrid(y, x, indexing="ij")
+    return np.stack([columns.ravel(), rows.ravel()], axis=1)

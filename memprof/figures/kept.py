@@ -12,7 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from memprof.asked import Grid
-from memprof.figures.palette import INK
+from memprof.telling.palette import INK
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -32,7 +32,7 @@ def draw(
     """The picture with kept tokens clear and dropped ones veiled: on white with a legend, else RGBA on nothing.
 
     Args:
-        tiles: The picture as the model was given it, ``(tiles, size, size, 3)`` uint8.
+        tiles: The picture as the model was given it, ``(tiles, height, width, 3)`` uint8.
         grid: How its tokens lie.
         kept: Numbers of the tokens that stayed.
         legend: Lines set below the picture.
@@ -41,29 +41,29 @@ def draw(
     from PIL import Image
 
     edge = cell_pixels(grid, longest)
-    size, veil = edge * grid.side, np.array(veil_of(tiles), dtype=np.float32)
-    stays = staying(grid, kept).reshape(grid.tiles, grid.side, grid.side)
+    width, height, veil = edge * grid.across, edge * grid.down, np.array(veil_of(tiles), dtype=np.float32)
+    stays = staying(grid, kept).reshape(grid.tiles, grid.down, grid.across)
     left, top = corners(grid, edge)
-    canvas = np.zeros((max(top) + size + 1, max(left) + size + 1, 4), dtype=np.uint8)
+    canvas = np.zeros((max(top) + height + 1, max(left) + width + 1, 4), dtype=np.uint8)
     for tile, clear, x, y in zip(tiles, stays, left, top, strict=True):
-        enlarged = Image.fromarray(tile).resize((size, size), Image.Resampling.BICUBIC)
+        enlarged = Image.fromarray(tile).resize((width, height), Image.Resampling.BICUBIC)
         pixels = np.asarray(enlarged, dtype=np.float32)
         shown = np.kron(clear, np.ones((edge, edge), dtype=bool))[..., None]
-        canvas[y - 1 : y + size + 1, x - 1 : x + size + 1] = _FRAME
-        canvas[y : y + size, x : x + size, :3] = np.where(shown, pixels, pixels + _VEIL * (veil - pixels)).round()
+        canvas[y - 1 : y + height + 1, x - 1 : x + width + 1] = _FRAME
+        canvas[y : y + height, x : x + width, :3] = np.where(shown, pixels, pixels + _VEIL * (veil - pixels)).round()
     picture = Image.fromarray(canvas)
     return _with_legend(picture, legend) if legend else picture
 
 
 def cell_pixels(grid: Grid, longest: int = 800) -> int:
     """Pixels along the edge of one token's cell in :func:`draw`."""
-    across = max(grid.columns + grid.thumbnail, grid.rows) * grid.side
+    across = max((grid.columns + grid.thumbnail) * grid.across, grid.rows * grid.down)
     return min(max(longest // across, _SMALLEST), _LARGEST)
 
 
 def corners(grid: Grid, edge: int) -> tuple[list[int], list[int]]:
     """Left and top of each tile in a drawing whose cells measure ``edge`` pixels, inside the frames."""
-    left, top = _placed(grid, edge * grid.side, _GAP, _ASIDE)
+    left, top = _placed(grid, edge * grid.across, edge * grid.down, _GAP, _ASIDE)
     return [x + 1 for x in left], [y + 1 for y in top]
 
 
@@ -81,8 +81,9 @@ def staying(grid: Grid, kept: Iterable[int]) -> npt.NDArray[np.bool_]:
 
 def colours(tiles: npt.NDArray[np.uint8], grid: Grid) -> npt.NDArray[np.float64]:
     """Mean colour under each token, ``(tokens, 3)`` in [0, 255]."""
-    side, edge = grid.side, tiles.shape[1] // grid.side
-    cut = tiles[:, : side * edge, : side * edge].reshape(len(tiles), side, edge, side, edge, 3)
+    high, wide = tiles.shape[1] // grid.down, tiles.shape[2] // grid.across
+    cut = tiles[:, : grid.down * high, : grid.across * wide]
+    cut = cut.reshape(len(tiles), grid.down, high, grid.across, wide, 3)
     means: npt.NDArray[np.float64] = cut.mean((2, 4)).reshape(-1, 3)
     return means
 
@@ -91,30 +92,31 @@ def cells(grid: Grid, values: npt.NDArray[np.float64], width: int) -> tuple[npt.
     """A value for each token as a map no more than ``width`` cells wide: ``(rows, columns, ...)``, NaN between tiles.
 
     Where the tokens are too many, squares of them become one cell, their mean; also returned is how many tokens a cell
-    has along its edge. Squares divide a tile, so none lies across an edge.
+    has along its edge. No square lies across a tile's edge: at its right and lower one they may be cut off.
     """
-    side = grid.side
-    pools = [pool for pool in range(1, side + 1) if side % pool == 0]
-    pool = next((p for p in pools if _cells_across(grid, side // p) <= width), side)
-    small = side // pool
-    deep = values.reshape(grid.tiles, small, pool, small, pool, -1).mean((2, 4))
-    left, top = _placed(grid, small, 1, 2)
-    out = np.full((max(top) + small, max(left) + small, deep.shape[-1]), np.nan)
+    pool = next(p for p in range(1, grid.across + 1) if p >= grid.across or _cells_across(grid, p) <= width)
+    across, down = -(-grid.across // pool), -(-grid.down // pool)
+    whole = np.full((grid.tiles, down * pool, across * pool, values[:1].size), np.nan)
+    whole[:, : grid.down, : grid.across] = values.reshape(grid.tiles, grid.down, grid.across, -1)
+    deep = np.nanmean(whole.reshape(grid.tiles, down, pool, across, pool, -1), (2, 4))
+    left, top = _placed(grid, across, down, 1, 2)
+    out = np.full((max(top) + down, max(left) + across, deep.shape[-1]), np.nan)
     for tile, x, y in zip(deep, left, top, strict=True):
-        out[y : y + small, x : x + small] = tile
+        out[y : y + down, x : x + across] = tile
     return out, pool
 
 
-def _cells_across(grid: Grid, small: int) -> int:
-    return max(_placed(grid, small, 1, 2)[0]) + small
+def _cells_across(grid: Grid, pool: int) -> int:
+    across = -(-grid.across // pool)
+    return max(_placed(grid, across, across, 1, 2)[0]) + across
 
 
-def _placed(grid: Grid, size: int, gap: int, aside: int) -> tuple[list[int], list[int]]:
-    """Left and top of every tile, each ``size`` wide and ``gap`` apart; the thumbnail stands ``aside`` to the right."""
-    left = [column * (size + gap) for _ in range(grid.rows) for column in range(grid.columns)]
-    top = [row * (size + gap) for row in range(grid.rows) for _ in range(grid.columns)]
+def _placed(grid: Grid, width: int, height: int, gap: int, aside: int) -> tuple[list[int], list[int]]:
+    """Left and top of every tile of such a size, ``gap`` apart; the thumbnail stands ``aside`` to the right."""
+    left = [column * (width + gap) for _ in range(grid.rows) for column in range(grid.columns)]
+    top = [row * (height + gap) for row in range(grid.rows) for _ in range(grid.columns)]
     if grid.thumbnail:
-        left.append(grid.columns * (size + gap) - gap + aside)
+        left.append(grid.columns * (width + gap) - gap + aside)
         top.append(0)
     return left, top
 

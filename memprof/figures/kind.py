@@ -21,7 +21,7 @@ class Kind(ABC):
     def plan(self, runs: Sequence[Run]) -> list[dict[str, Any]]:
         """The data of each figure of this kind that ``runs`` give rise to (none is fine).
 
-        Every run has a finished sample. A figure's data begin with :func:`memprof.figures.facts.header` and hold all
+        Every run has a finished sample. A figure's data begin with :func:`memprof.telling.facts.header` and hold all
         that :meth:`paint` shows, in bytes.
         """
 

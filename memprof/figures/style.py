@@ -22,8 +22,8 @@ from matplotlib.patches import Rectangle
 from matplotlib.textpath import text_to_path
 
 from memprof.errors import BadValue
-from memprof.figures.facts import provenance_lines
-from memprof.figures.palette import INK, MUTED, RULE
+from memprof.telling.facts import provenance_lines
+from memprof.telling.palette import INK, MUTED, RULE
 from memprof.units import in_unit
 
 HATCH = "////////"
@@ -31,18 +31,21 @@ HATCH = "////////"
 
 @dataclass(frozen=True)
 class Style:
-    """Widths in inches, and what a point of the paper style measures in this one."""
+    """Widths in inches, what a point of the print style measures in this one, and whether it is as wide as a slide."""
 
     single: float
     double: float
     scale: float
     dpi: int
+    wide: bool = False
 
 
 STYLES: dict[str, Style] = {
-    "paper": Style(single=3.35, double=6.9, scale=1.0, dpi=300),
-    "slides": Style(single=6.2, double=12.6, scale=1.85, dpi=160),
+    "print": Style(single=3.35, double=6.9, scale=1.0, dpi=300),
+    "slides": Style(single=6.4, double=13.333, scale=1.85, dpi=160, wide=True),
 }
+#: Names that styles had before; a stack is called paper as well.
+ALIASES = {"paper": "print"}
 WIDTHS: tuple[str, ...] = ("single", "double")
 
 
@@ -56,6 +59,9 @@ class Look:
         scale: Points of this style for one of the paper's.
         dpi: Dots an inch in PNG.
         unit: The display unit.
+        titled: Whether the figure carries its title.
+        caption: Whether it carries where its numbers come from.
+        least: The least height in points: a slide's, of a figure as wide as one.
     """
 
     style: str
@@ -63,16 +69,30 @@ class Look:
     scale: float
     dpi: int
     unit: str
+    titled: bool = True
+    caption: bool = True
+    least: float = 0.0
 
     @classmethod
-    def of(cls, style: str = "paper", width: str = "single", unit: str = "GiB") -> Look:
-        """The look called ``style`` at ``width``; raises :class:`BadValue` for unknown names."""
+    def of(
+        cls, style: str = "print", width: str = "single", unit: str = "GiB", *, caption: bool = True
+    ) -> Look:
+        """The look called ``style`` at ``width``; raises :class:`BadValue` for unknown names.
+
+        Without a ``caption`` a figure for print has no title either: both stand in the paper's own caption.
+        """
+        style = ALIASES.get(style, style)
         if style not in STYLES:
             raise BadValue(f"unknown style {style!r}; valid: {', '.join(STYLES)}")
         if width not in WIDTHS:
             raise BadValue(f"unknown width {width!r}; valid: {', '.join(WIDTHS)}")
         it = STYLES[style]
-        return cls(style, 72 * (it.single if width == "single" else it.double), it.scale, it.dpi, unit)
+        wide = 72 * (it.single if width == "single" else it.double)
+        return cls(
+            style, wide, it.scale * (0.7 if it.wide and width == "single" else 1.0), it.dpi, unit,
+            titled=caption or it.wide, caption=caption,
+            least=wide * 9 / 16 if it.wide else 0.0,
+        )  # fmt: skip
 
     @property
     def small(self) -> float:
@@ -94,16 +114,23 @@ class Look:
         return points * self.scale
 
     def value(self, n_bytes: float, digits: int = 2) -> str:
-        """A number of the display unit, without the unit; what would round to nothing is ``<0.01``."""
+        """A number of the display unit, without the unit; small ones with a digit more, nothing is never said."""
         shown = in_unit(n_bytes, self.unit)
         if self.unit in ("MiB", "MB"):
-            digits = 0
+            digits = 0 if shown >= 9.95 else 1
+        elif 0 < shown < 0.0095:
+            digits = max(digits, 3)
         least = 10.0**-digits
         return f"<{least:.{digits}f}" if 0 < shown < least / 2 else f"{shown:.{digits}f}"
 
     def labelled(self, n_bytes: float, digits: int = 2) -> str:
         """A number with its unit."""
         return f"{self.value(n_bytes, digits)} {self.unit}"
+
+    def left(self, high_bytes: float) -> float:
+        """Room to the left of a drawing, in points of the print style: a scale's label, its numbers and its ticks."""
+        digits = 2 if (shown := in_unit(high_bytes, self.unit)) < 5 else 0 if shown > 50 else 1
+        return text_width(f"{shown:.{digits}f}", self.base) / self.scale + 21
 
     def scaled(self, values: Sequence[float | None]) -> list[float]:
         """Bytes in the display unit; None becomes a gap."""
@@ -120,6 +147,7 @@ class Look:
                     "font.family": "DejaVu Sans",
                     "font.size": self.base,
                     "text.color": INK,
+                    "text.parse_math": False,  # a name with two dollar signs is a name
                     "axes.labelcolor": INK,
                     "axes.edgecolor": INK,
                     "axes.linewidth": self.pt(0.5),
@@ -174,9 +202,22 @@ def fill_lines(phrases: Sequence[str], size: float, width: float, glue: str = " 
     return lines
 
 
+def phrases(data: dict[str, Any]) -> list[str]:
+    """Where a figure's numbers come from, and what else is to be said of them."""
+    return [*provenance_lines(data["provenance"]), *data.get("said", [])]
+
+
+def caption(data: dict[str, Any]) -> str:
+    """A figure's title and all that belongs under it, as text."""
+    return f"{data['title']}. {' · '.join(phrases(data))}." if "provenance" in data else str(data.get("title", ""))
+
+
 @dataclass(frozen=True)
 class KeyItem:
-    """An entry of the key: a swatch (``area``, ``line``, ``hatch`` or a marker such as ``x``) and its text."""
+    """An entry of the key: a swatch and its text.
+
+    The swatch is an ``area``, a ``line``, a ``hatch``, a ``hollow`` circle, or a marker such as ``x``.
+    """
 
     text: str
     colour: str
@@ -190,7 +231,7 @@ class Sheet:
         look: The look to set it in.
         data: The figure's data; its provenance and what is ``said`` of it become the caption.
         title: The line on top.
-        body: Height of the drawing, in points of the paper style.
+        body: Height of the drawing, in points of the print style.
         left: Room to the left of the drawing, for ticks and label (None: what numbers need).
         right: Room to the right of the drawing.
         below: Room below the drawing.
@@ -212,24 +253,28 @@ class Sheet:
         self.look = look
         pt, self.pad = look.pt, look.pt(4)
         inner = look.width - 2 * self.pad
-        caption = fill_lines([*provenance_lines(data["provenance"]), *data.get("said", [])], look.small, inner)
+        caption = fill_lines(phrases(data), look.small, inner) if look.caption else []
         rows = self._rows(key, inner)
         line = pt(8.6)
-        head = self.pad + pt(10) + len(rows) * pt(10) + pt(5)
-        foot = self.pad + len(caption) * line + pt(4)
-        self.height = head + pt(body) + pt(below) + foot
+        top = pt(10) if look.titled else 0.0
+        head = self.pad + top + len(rows) * pt(10) + pt(5)
+        foot = self.pad + len(caption) * line + (pt(4) if caption else 0.0)
+        room = max(pt(body), look.least - head - pt(below) - foot)
+        self.height = head + room + pt(below) + foot
         self.figure = Figure(figsize=(look.width / 72, self.height / 72), dpi=look.dpi, facecolor="white")
         FigureCanvasAgg(self.figure)
-        self._text(self.pad, self.height - self.pad - pt(8), title, look.title, weight="bold")
+        if look.titled:
+            self._text(self.pad, self.height - self.pad - pt(8), title, look.title, weight="bold")
         for number, row in enumerate(rows):
-            self._set_row(row, self.height - self.pad - pt(10) - (number + 1) * pt(10) + pt(2.5))
-        self.rule(foot - pt(1.5))
+            self._set_row(row, self.height - self.pad - top - (number + 1) * pt(10) + pt(2.5))
+        if caption:
+            self.rule(foot - pt(1.5))
         for number, text in enumerate(caption):
             self._text(self.pad, self.pad + (len(caption) - 1 - number) * line + pt(1.5), text, look.small, color=MUTED)
         if left is None:
             left = 38 if look.unit in ("MiB", "MB") else 33
         self.x0, self.x1 = pt(left), look.width - pt(right)
-        self.y0, self.y1 = foot + pt(below), foot + pt(below) + pt(body)
+        self.y0, self.y1 = foot + pt(below), foot + pt(below) + room
 
     def axes(self, box: tuple[float, float, float, float] | None = None) -> Axes:
         """Axes over the drawing's room, or over a ``box`` in it: left, foot, width, height (points)."""
@@ -278,21 +323,26 @@ class Sheet:
                 self.figure.add_artist(Line2D(ends, [middle, middle], color=item.colour, linewidth=pt(1.2)))
             else:
                 centre = (x + pt(3.5)) / self.look.width
+                hollow = item.mark == "hollow"
                 dot = Line2D(
-                    [centre], [middle], marker=item.mark, color=item.colour, markersize=pt(4),
-                    markeredgewidth=pt(0.9), linestyle="none",
+                    [centre], [middle], marker="o" if hollow else item.mark, color=item.colour, markersize=pt(4),
+                    markeredgewidth=pt(0.9), markerfacecolor="white" if hollow else item.colour, linestyle="none",
                 )  # fmt: skip
                 self.figure.add_artist(dot)
             self._text(x + pt(10), y, item.text, self.look.small)
             x += self._entry_width(item)
 
 
-def save(figure: Figure, path: Path, look: Look) -> None:
-    """Write ``figure`` so that drawing it again gives the same bytes: no date, no version, fixed ids."""
+def save(figure: Figure, path: Path, look: Look, said: str = "") -> None:
+    """Write ``figure`` so that drawing it again gives the same bytes: no date, no version, fixed ids.
+
+    What is ``said`` of it goes into the file's metadata, where it can be read without being seen.
+    """
+    words = {"pdf": {"Subject": said}, "png": {"Description": said}, "svg": {"Description": said}} if said else {}
     empty: dict[str, dict[str, Any]] = {
         "pdf": {"CreationDate": None, "Producer": None, "Creator": "memprof"},
         "png": {"Software": None},
         "svg": {"Date": None, "Creator": "memprof"},
     }
     kind = path.suffix[1:]
-    figure.savefig(path, format=kind, dpi=look.dpi, metadata=empty[kind])
+    figure.savefig(path, format=kind, dpi=look.dpi, metadata={**empty[kind], **words.get(kind, {})})

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from torch import nn
+from typing import TYPE_CHECKING
 
 from memprof.meters import Meter, weights_of
-from memprof.simulator.kernels import Kernels
-from memprof.simulator.ledger import Ledger
 from memprof.simulator.replay import Reading
 from memprof.simulator.trace import Trace
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from memprof.tracing.kernels import Kernels
 
 
 class TracedMeter(Meter):
@@ -30,7 +33,9 @@ class TracedMeter(Meter):
 
     def open(self) -> None:
         """Enter a fresh ledger."""
-        self.ledger = Ledger("cpu", self.kernels())
+        from memprof.tracing.ledger import Ledger
+
+        self.ledger = Ledger("cpu", self.kernels(), lines=self.lines)
         self.ledger.ignore(self.weights)
         self.ledger.listen()
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
+from itertools import takewhile
 from typing import Any, ClassVar, NamedTuple
 
 import torch
@@ -11,12 +12,12 @@ from torch import nn
 
 from memprof import scopes
 from memprof.errors import BadValue, DeviceUnavailable, UsageError
-from memprof.meters import Meter, weights_of
+from memprof.meters import Meter, devices_of, weights_of
 from memprof.records import PARTS, Status
 from memprof.simulator.allocator import BLOCK_BYTES
-from memprof.simulator.ledger import Ledger
 from memprof.simulator.replay import Reading, read_spans
 from memprof.simulator.trace import Trace
+from memprof.tracing.ledger import Ledger
 
 #: While what is generated operators are told apart: ``prefill`` (caches afterwards too), ``all``, or ``none``.
 ATTRIBUTIONS = ("prefill", "all", "none")
@@ -134,17 +135,24 @@ class CudaMeter(Meter):
         if torch.cuda.is_available():
             return
         why = "this torch was built without CUDA" if torch.version.cuda is None else "torch sees no CUDA device"
+        if torch.version.cuda is not None and (visible := os.environ.get("CUDA_VISIBLE_DEVICES")) is not None:
+            why += f" (CUDA_VISIBLE_DEVICES={visible!r})"
         raise DeviceUnavailable(f"{why}; use --device sim to predict the same run, or install a CUDA build of torch")
 
     @classmethod
     def serves(cls, model: nn.Module) -> bool:
-        """Whether the weights are on a card."""
-        return next(model.parameters()).device.type == "cuda"
+        """Whether weights are on a card, though others may wait elsewhere."""
+        return "cuda" in devices_of(model)
 
     @property
     def static_bytes(self) -> int:
         """Bytes allocated now, or when the window was opened."""
         return int(torch.cuda.memory_allocated(self.device)) if self._static is None else self._static
+
+    @property
+    def scoped(self) -> bool:
+        """Whether operators are watched now."""
+        return isinstance(self.ledger, _RestingLedger) and not self.ledger.resting
 
     def environment(self) -> dict[str, Any]:
         """Card, driver, and the settings that move bytes, as the process has them."""
@@ -178,16 +186,28 @@ class CudaMeter(Meter):
         self._phase, self._asked_at = "prefill", -1
         self.counter.open()
         if self.attribution != "none":
-            self.ledger = _RestingLedger(self.device.type)
+            self.ledger = _RestingLedger(self.device.type, lines=self.lines)
             self.ledger.ignore(self.weights)
             self.ledger.listen()
+
+    def given(self, tensors: Iterable[torch.Tensor]) -> None:
+        """What was given is not static, and has a slot from now on."""
+        assert self._static is not None
+        ours = [tensor for tensor in tensors if tensor.device == self.device]
+        sizes = {t.untyped_storage()._cdata: t.untyped_storage().nbytes() for t in ours}
+        weights = {weight.untyped_storage()._cdata for weight in self.weights}
+        self._static -= sum(-(-n // BLOCK_BYTES) * BLOCK_BYTES for key, n in sizes.items() if key not in weights)
+        if self.ledger is not None:
+            with scopes.scope("inputs"):
+                for tensor in ours:
+                    self.ledger.adopt(tensor, "given")
 
     def mark(self) -> None:
         """Read and reset the counters."""
         torch.cuda.synchronize(self.device)
         reading, token = self._reading, len(self._reading.allocated_bytes)
         now = self._take()
-        spans = [span.peaks for span in self._spans if span.token == token]
+        spans = [span.peaks for span in takewhile(lambda span: span.token == token, reversed(self._spans))]
         reading.peak_allocated_bytes.append(max(peaks.peak_allocated for peaks in spans))
         reading.reserved_bytes.append(max(peaks.peak_reserved for peaks in spans))
         reading.allocated_bytes.append(now.allocated)
@@ -266,21 +286,33 @@ def _explain(reading: Reading, spans: list[_Span], trace: Trace | None, static: 
 
 
 class _RestingLedger(Ledger):
-    """A ledger that can stop seeing operators: from then on it sees ends, and what is claimed for a cache."""
+    """A ledger that can stop seeing operators: from then on it sees ends, and how large the cache has become.
+
+    What a cache gets while resting is one slot, born anew whenever its bytes change: a slot for every tensor would take
+    the host more time than the counters do.
+    """
 
     resting = False
+    _grown = _slot = 0
 
     def rest(self) -> None:
         """Stop seeing operators."""
         self.__exit__(None, None, None)  # type: ignore[no-untyped-call]
         self.resting = True
 
-    def claim(self, tensor: torch.Tensor, part: str) -> None:
-        """Count ``tensor``'s storage to ``part``; while resting, it may be new."""
-        if self.resting:
-            with scopes.scope(part, "cache"):
-                self.adopt(tensor, "cache")
-        super().claim(tensor, part)
+    def claim(self, storages: Mapping[int, int], part: str) -> None:
+        """Count ``storages`` to ``part``; while resting, those that are new."""
+        if not self.resting:
+            super().claim(storages, part)
+            return
+        grown = sum(-(-n // BLOCK_BYTES) for key, n in storages.items() if key not in self._slots) * BLOCK_BYTES
+        if grown == self._grown:
+            return
+        if self._grown:
+            self.trace.death(self._slot)
+        if grown:
+            self._slot = self.trace.birth(grown, part, ("cache", "cache"), (grown,))
+        self._grown = grown
 
     def close(self) -> Trace:
         """The trace."""

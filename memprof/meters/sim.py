@@ -2,36 +2,20 @@
 
 from __future__ import annotations
 
-import os
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
-from torch import nn
-from torch._subclasses.fake_tensor import FakeTensor
-
-from memprof.errors import DoesNotFit, OutOfMemory
-from memprof.meters import weights_of
+from memprof.gpus import Card, calibrated, find_card
+from memprof.meters import devices_of, weights_of
 from memprof.meters._traced import TracedMeter
 from memprof.records import Status
-from memprof.simulator.allocator import AllocatorSettings, CachingAllocator
-from memprof.simulator.cards import (
-    ANY,
-    Card,
-    calibrated,
-    cublas_workspace_bytes,
-    cublaslt_workspace_bytes,
-    find_card,
-)
-from memprof.simulator.kernels import Kernels
+from memprof.simulator.loaded import Loaded
 from memprof.simulator.replay import Reading, read_cuda
-from memprof.simulator.small_pool import Known
 from memprof.simulator.trace import Trace
-from memprof.simulator.weightless import RealScores
 
+if TYPE_CHECKING:
+    from torch import nn
 
-def allocator_settings() -> AllocatorSettings:
-    """The settings a CUDA run in this environment would have: ``PYTORCH_ALLOC_CONF``, or its older name."""
-    text = os.environ.get("PYTORCH_ALLOC_CONF") or os.environ.get("PYTORCH_CUDA_ALLOC_CONF") or ""
-    return AllocatorSettings.parse(text)
+    from memprof.tracing.kernels import Kernels
 
 
 class SimMeter(TracedMeter):
@@ -40,31 +24,21 @@ class SimMeter(TracedMeter):
     status: ClassVar[Status] = "predicted"
     about = "the same generate() over weights without storage; predicts a CUDA run anywhere"
 
-    def __init__(self, model: nn.Module, card: Card = ANY) -> None:
-        super().__init__(model)
-        self.card = card
-        #: The allocator once the weights are loaded, one after another, and the first matrix products are done.
-        self.loaded = CachingAllocator(allocator_settings(), card.memory_bytes, card.context_bytes)
-        #: What lasts, by address: its name, and the bytes asked for.
-        self.lasting: dict[int, tuple[str, int]] = {}
-        for name, weight in weights_of(model):
-            self._load("the weights", weight.untyped_storage().nbytes(), name)
-        before = self.loaded.allocated
-        self._load("cuBLAS' workspace", cublas_workspace_bytes(card))
-        if any(isinstance(module, nn.Linear) and module.bias is not None for module in model.modules()):
-            self._load("cuBLASLt's workspace", cublaslt_workspace_bytes(card))
-        self.workspace_bytes = self.loaded.allocated - before
-        #: What readings learn from each other.
-        self.known = Known(self.loaded)
-        self._scores = RealScores(model.get_output_embeddings().weight.shape[0])  # type: ignore[operator]
-        self.weights.append(self._scores.scores)
+    def __init__(self, model: nn.Module, card: Card | None = None) -> None:
+        from torch import nn
 
-    def _load(self, what: str, n_bytes: int, name: str = "") -> None:
-        """Allocate what lasts; raises DoesNotFit where the card is too small for it."""
-        try:
-            self.lasting[self.loaded.malloc(n_bytes)] = name or what, n_bytes
-        except OutOfMemory as error:
-            raise DoesNotFit(f"{what} do not fit on {self.card.name}: {error}") from None
+        from memprof.models.weightless import CARD_OF, RealScores, vocabulary
+
+        super().__init__(model)
+        self.card = card = card or CARD_OF.get(model) or calibrated(find_card(None))
+        #: Name and bytes of each weight, and whether a linear layer has a bias: what :class:`Loaded` is made of.
+        self.sizes = [(name, weight.untyped_storage().nbytes()) for name, weight in weights_of(model)]
+        self.biased = any(isinstance(module, nn.Linear) and module.bias is not None for module in model.modules())
+        state = Loaded(self.sizes, biased=self.biased, card=card)
+        self.loaded, self.lasting, self.known = state.allocator, state.lasting, state.known
+        self.workspace_bytes = state.workspace_bytes
+        self._scores = RealScores(vocabulary(model))
+        self.weights.append(self._scores.scores)
 
     @classmethod
     def on(cls, model: nn.Module, gpu: str | None) -> SimMeter:
@@ -74,7 +48,7 @@ class SimMeter(TracedMeter):
     @classmethod
     def serves(cls, model: nn.Module) -> bool:
         """Whether the weights have no storage."""
-        return isinstance(next(model.parameters()), FakeTensor)
+        return "sim" in devices_of(model)
 
     @property
     def static_bytes(self) -> int:
@@ -83,18 +57,12 @@ class SimMeter(TracedMeter):
 
     def environment(self) -> dict[str, Any]:
         """The card that is predicted for, and where its numbers come from."""
-        if self.card is ANY:
-            return {}
-        return {
-            "gpu": self.card.name,
-            "gpu_memory_bytes": self.card.memory_bytes,
-            "gpu_context_bytes": self.card.context_bytes,
-            "compute_capability": ".".join(map(str, self.card.capability)),
-            "gpu_source": self.card.source,
-        }
+        return self.card.environment()
 
     def kernels(self) -> Kernels:
         """What CUDA kernels take beyond their results."""
+        from memprof.tracing.kernels import Kernels
+
         return Kernels(self.card)
 
     def open(self) -> None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 import numpy.typing as npt
@@ -25,10 +25,35 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Stage:
-    """One cut: from decoder layer ``layer`` on (0 is the first), ``kept`` visual tokens of the prompt stay."""
+    """One cut: from decoder layer ``layer`` on (0 is the first), ``kept`` of the visual tokens there were stay, and
+    ``merged`` tokens that the pruner computes stand among them.
+    """
 
     layer: int
     kept: int
+    merged: int = 0
+
+    @property
+    def tokens(self) -> int:
+        """Visual tokens behind the cut, merged ones included."""
+        return self.kept + self.merged
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What a pruner wants of one cut.
+
+    Attributes:
+        kept: Tokens of the view that stay, ``(k,)`` int64, unique; they stand in prompt order, in whatever order given.
+        merged: Tokens put in beside them, ``(m, hidden)``, or None.
+        at: For each of those the token of the view it stands behind, ``(m,)`` int64, whether or not that one stays;
+            -1 is before the first. Several behind one stand in the order given. Where positions are the original ones,
+            a merged token has the position of that token (the first one's for -1).
+    """
+
+    kept: torch.Tensor
+    merged: torch.Tensor | None = None
+    at: torch.Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -40,14 +65,18 @@ class Pruner:
         paper: Where the method was published.
         reference: The code it is held to, or None.
         departs: Where it departs from its paper or code, in one sentence.
-        needs: What :class:`~memprof.pruning.view.View` must offer: any of ``source``, ``target``, ``vision``, ``row``,
-            ``map``, ``ahead``.
+        needs: What :class:`~memprof.pruning.view.View` must offer: names of :mod:`memprof.pruning.signals`.
+        positions: ``original`` where tokens behind a cut keep their positions, ``compact`` where they are numbered anew
+            from 0 in every layer behind it, and decoding goes on from each layer's own number of tokens.
+        vision_layer: The vision tower's layer that signals of the tower are read from.
+        sequential: Whether each token chosen asks for those before it, so that a choice takes a step a token.
     """
 
     title: ClassVar[str]
     paper: ClassVar[str]
     reference: ClassVar[str | None] = None
     departs: ClassVar[str] = ""
+    sequential: ClassVar[bool] = False
 
     @property
     def needs(self) -> frozenset[str]:
@@ -62,7 +91,19 @@ class Pruner:
     @property
     def eager(self) -> bool:
         """Whether the language model must run eager attention."""
-        return "map" in self.needs
+        from memprof.pruning.signals import signal_kind
+
+        return any(signal_kind(name).eager for name in self.needs)
+
+    @property
+    def positions(self) -> str:
+        """Which positions tokens have behind a cut."""
+        return "original"
+
+    @property
+    def vision_layer(self) -> int:
+        """VisionZip's layer, and LLaVA's own for its features."""
+        return -2
 
     @property
     def like(self) -> Pruner:
@@ -79,16 +120,23 @@ class Pruner:
         """The cuts for a prompt of ``n_visual`` visual tokens, by rising layer; raises BadValue beyond the model."""
         raise NotImplementedError
 
-    def select(self, view: View, kept: int) -> torch.Tensor:
+    def select(self, view: View, kept: int) -> torch.Tensor | Choice:
         """Indices of the ``kept`` tokens of ``view`` that stay: ``(kept,)`` int64, unique; order does not matter.
 
-        Shapes must follow from shapes alone, so that the method also runs on tensors without storage.
+        Or a :class:`Choice`, with as many merged tokens as the stage says. Shapes must follow from shapes alone, so
+        that the method also runs on tensors without storage.
         """
         raise NotImplementedError
 
 
-#: What a pruner can look at only where a decoder layer runs before its cut.
-_OF_THE_LAYER_BEFORE = frozenset({"target", "row", "map"})
+def positions_setting(default: str, origin: str) -> Any:
+    """The field ``positions`` of a method whose published code has ``default``, or, by ``origin``, memprof's choice."""
+    return setting(
+        default,
+        "positions behind a cut: as in the prompt, or numbered anew in each layer",
+        origin=origin,
+        choices=("original", "compact"),
+    )
 
 
 @dataclass(frozen=True)
@@ -99,18 +147,28 @@ class OneCut(Pruner):
         0.5, "share of visual tokens kept", origin="paper", gt=0, le=1, search=(0.02, 1.0), monotone=True
     )
     layer: int = setting(2, "decoder layers that still see every token", origin="paper", ge=0, search=(1, 8))
+    positions: str = positions_setting("original", "memprof")
 
     def stages(self, n_visual: int, n_layers: int) -> Sequence[Stage]:
         """One cut before layer ``layer``; the count is ``round(n * keep)``, halves to even, as FastV's code has it."""
+        from memprof.pruning.signals import needs_layer_before
+
         if self.layer >= n_layers:
             raise BadValue(f"layer={self.layer} is beyond the model's {n_layers} decoder layers (0 to {n_layers - 1})")
-        if self.layer == 0 and self.needs & _OF_THE_LAYER_BEFORE:
+        if self.layer == 0 and needs_layer_before(self.needs):
             raise BadValue("layer=0: the method looks at the layer before its cut; take layer=1 or more")
-        kept = n_visual if self.keep == 1 else max(1, round(n_visual * self.keep)) if n_visual else 0
-        return (Stage(self.layer, kept),) if kept < n_visual else ()
+        if not n_visual or self.keep == 1:
+            return ()
+        stage = self.cut(n_visual, max(1, round(n_visual * self.keep)))
+        return (stage,) if stage.tokens < n_visual else ()
+
+    def cut(self, n_visual: int, budget: int) -> Stage:
+        """The cut that leaves ``budget`` of ``n_visual`` tokens."""
+        del n_visual
+        return Stage(self.layer, budget)
 
 
-METHODS: Registry[Pruner] = Registry("memprof.pruning.methods", Pruner, "method")
+METHODS: Registry[Pruner] = Registry("memprof.pruning.methods", Pruner, "method", entry_points="memprof.methods")
 
 
 def build_pruner(spec: str, stack: str = "current") -> Pruner:
@@ -120,7 +178,7 @@ def build_pruner(spec: str, stack: str = "current") -> Pruner:
 
 def method_name(pruner: Pruner) -> str:
     """The registered name of a pruner's class."""
-    return type(pruner).__module__.rpartition(".")[2].replace("_", "-")
+    return METHODS.name_of(type(pruner))
 
 
 def method_spec(pruner: Pruner) -> str:
@@ -137,7 +195,7 @@ def visual_tokens_per_layer(stages: Sequence[Stage], n_visual: int, n_layers: in
     """Visual tokens each decoder layer sees in prefill, one entry a layer."""
     counts = np.full(n_layers, n_visual, dtype=np.int64)
     for stage in stages:
-        counts[stage.layer :] = stage.kept
+        counts[stage.layer :] = stage.tokens
     return [int(c) for c in counts]
 
 

@@ -1,6 +1,7 @@
-"""All pairs of tokens, a block of rows at a time: no matrix of all pairs ever exists.
+"""All pairs of tokens, a block of rows at a time.
 
-For 3,328 tokens one such matrix is 44 MB in float32 and would show in the peak that pruning is meant to lower.
+For 3,328 tokens the matrix of all pairs is 44 MB in float32. It is whole only where that is no more than the room a
+choice has (:attr:`memprof.pruning.view.View.room`): elsewhere it would show in the peak that pruning is meant to lower.
 """
 
 from __future__ import annotations
@@ -9,17 +10,18 @@ from collections.abc import Iterator
 
 import torch
 
-#: Bytes of one block of pairs in float32, whatever the number of tokens.
+#: Bytes of one block of pairs in float32 where nobody says how much room there is.
 BLOCK_BYTES = 8 * 2**20
 
 
-def blocks(n: int, width: int | None = None) -> Iterator[tuple[int, int]]:
-    """Row ranges that cover ``n`` rows of ``width`` float32 pairs (by default ``n``), :data:`BLOCK_BYTES` each at most.
+def blocks(n: int, width: int | None = None, room: int | None = None) -> Iterator[tuple[int, int]]:
+    """Row ranges that cover ``n`` rows of ``width`` float32 pairs (by default ``n``), each of at most ``room`` bytes.
 
-    As few as there can be, and as equal as there can be; one row at least, however wide.
+    As few as there can be, and as equal as there can be; one row at least, however wide. Without a ``room``,
+    :data:`BLOCK_BYTES`.
     """
-    number = max(1, -(-4 * n * (n if width is None else width) // BLOCK_BYTES))
-    rows = max(1, -(-n // number))
+    most = max(1, (BLOCK_BYTES if room is None else room) // max(1, 4 * (n if width is None else width)))
+    rows = -(-n // max(1, -(-n // most))) or 1
     return ((start, min(start + rows, n)) for start in range(0, n, rows))
 
 

@@ -1,19 +1,23 @@
 """The only writer of model behaviour: carries out a pruner's choice by hooks, and leaves nothing behind.
 
 Tokens are dropped, not hidden: hidden states, rotary positions and masks lose their rows, so every later layer
-computes and caches only what stays. Layer caches become ragged. Positions are the original ones, and decoding goes on
-from the full length without being told: ``generate()`` counts positions from the prompt it was given.
+computes and caches only what stays. Layer caches become ragged. Tokens a pruner merged are put in as further rows.
+Positions are the original ones, where decoding goes on from the full length without being told (``generate()`` counts
+positions from the prompt it was given), or compact: each layer's rows are numbered from 0, and decoding goes on from
+that layer's own number of tokens.
 
 A pruner slices nothing. That is why a doubled or retained KV could exist in this file only.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+import dataclasses
+import inspect
+from collections.abc import Sequence
 from functools import partial
 from types import TracebackType
 from typing import Any, cast
+from weakref import WeakKeyDictionary
 
 import numpy as np
 import numpy.typing as npt
@@ -21,36 +25,27 @@ import torch
 from torch import nn
 
 from memprof import scopes
-from memprof.anatomy import anatomy
+from memprof.anatomy import anatomy, attention_in
 from memprof.errors import UsageError
-from memprof.pruning import Pruner, Stage, visual_tokens_per_layer
+from memprof.host import on_host
+from memprof.prompts import Places
+from memprof.pruning import Choice, Pruner, Stage, visual_tokens_per_layer
+from memprof.pruning.attention import kind_of, tables
+from memprof.pruning.signals import Cut, Scene, Signal, entering, signal_kind
 from memprof.pruning.view import View
-from memprof.pruning.vision import attention_received, patches_to_tokens, vision_attention
+from memprof.pruning.vision import projected
 
-Hook = Callable[..., Any]
-#: The vision tower's layer that :attr:`View.vision` is read from: VisionZip's, and LLaVA's own for its features.
-VISION_LAYER = -2
-
-#: What FastV's first code, which masks, keeps from its cut to the end of its loop over the layers
-#: (``last_layer_attention`` and ``last_layer_attention_avg`` in pkunlp-icler/FastV, ``LlamaModel.forward``).
-_LOOP_HOLDS = ("ranked_map", "averaged_map")
+#: The method of a decoder that adds what the tower's middle layers saw behind its own early layers (Qwen3-VL).
+_DEEPSTACK = "_deepstack_process"
 
 
-@dataclass(frozen=True)
-class Layout:
-    """Where the visual tokens of a prompt are.
+#: What is entered on each model now.
+_ENTERED: WeakKeyDictionary[nn.Module, Surgery] = WeakKeyDictionary()
 
-    Attributes:
-        length: Prompt tokens, visual and text.
-        index: Their places in the prompt, ``(n,)`` int64, rising.
-        positions: Their centres on their image, ``(n, 2)`` float32, in units of the image's edges.
-        images: Number of the image each belongs to, ``(n,)`` int64.
-    """
 
-    length: int
-    index: npt.NDArray[np.int64]
-    positions: npt.NDArray[np.float32]
-    images: npt.NDArray[np.int64]
+def entered_on(model: nn.Module) -> Surgery | None:
+    """What prunes ``model`` now, or None."""
+    return _ENTERED.get(model)
 
 
 class Surgery:
@@ -63,31 +58,43 @@ class Surgery:
         seed: Handed to pruners that draw.
 
     Raises:
-        UsageError: The pruner reads attention maps and the language model does not run eager attention, or it reads the
-            vision tower's attention and the tower has none that can be read.
+        UsageError: The pruner reads attention maps and the language model does not run eager attention, or it looks at
+            something else that the model does not have.
         BadValue: The pruner cuts at a layer the model does not have.
     """
 
-    def __init__(self, model: nn.Module, pruner: Pruner, layout: Layout, seed: int = 0) -> None:
-        where = anatomy(model)
-        self._layers = [layer for _, layer in where.layers]
+    def __init__(self, model: nn.Module, pruner: Pruner, layout: Places, seed: int = 0) -> None:
+        where, self._model = anatomy(model), model
         self.pruner, self.layout, self.seed = pruner, layout, seed
+        self._scene = Scene(where, layout.index.tolist(), layout.length, pruner.vision_layer, loop=pruner.mask_only)
+        self._layers = self._scene.layers
         self.stages: tuple[Stage, ...] = tuple(pruner.stages(len(layout.index), len(self._layers)))
         if self.stages and pruner.eager and _attention_of(self._layers[0]) != "eager":
             raise UsageError(
                 f"{type(pruner).__name__} reads attention maps, which only eager attention makes; load the model with "
                 "attn_implementation='eager' for its language model, or choose scores=row"
             )
-        self._tower = vision_attention(where.vision, VISION_LAYER) if self.stages and "vision" in pruner.needs else None
-        self._hooks: list[Any] = []
-        self._vision: torch.Tensor | None = None  # patch scores, from the vision tower's run to the prefill after it
+        names = sorted(pruner.needs) if self.stages else []
+        if not layout.by_view and any(signal_kind(name).of_tower for name in names):
+            raise UsageError(
+                f"{type(pruner).__name__} reads the vision tower, and this prompt's visual tokens are not its patches "
+                "one by one: tiles are joined, padding is cut away, rows end in a token of their own; take a method "
+                "that looks at the language model alone, such as topv, fastv or divprune"
+            )
+        self._signals: dict[str, Signal] = {name: signal_kind(name)(self._scene) for name in names}
+        self._rotary: Any = where.rotary if self.stages and pruner.positions == "compact" else None
+        made = getattr(model, "create_masks_for_generate", None)
+        #: Whether tokens of an image look at each other both ways (Gemma 3).
+        self._both_ways = made is not None and "token_type_ids" in inspect.signature(made).parameters
+        self._vision, self._decoder = where.vision, cast(Any, where.decoder)
+        self._deep: Sequence[torch.Tensor] = ()  # what the decoder adds to the visual tokens behind its first layers
         self._reset()
 
     # -- what was planned and done -------------------------------------------------------------------------------------
 
     @property
     def visual_tokens(self) -> list[int]:
-        """Visual tokens each layer is to run in prefill; a mask alone spares it none."""
+        """Visual tokens each layer is to run in prefill, merged ones included; a mask alone spares it none."""
         if self.pruner.mask_only:
             return [len(self.layout.index)] * len(self._layers)
         return visual_tokens_per_layer(self.stages, len(self.layout.index), len(self._layers))
@@ -96,240 +103,267 @@ class Surgery:
     def kv_tokens(self) -> list[int]:
         """KV length each layer is to have after prefill."""
         text = self.layout.length - len(self.layout.index)
-        return [text + visual for visual in self.visual_tokens]
+        full = [text + visual for visual in self.visual_tokens]
+        windows = (getattr(getattr(layer, "self_attn", None), "sliding_window", None) for layer in self._layers)
+        return [min(n, window - 1) if window else n for n, window in zip(full, windows, strict=True)]
 
     def kept(self) -> list[list[int]] | None:
-        """For each stage carried out, the kept visual tokens (numbered in prompt order); None without real numbers."""
-        if not all(type(chosen) is torch.Tensor for chosen in self._chosen):
+        """For each stage carried out, the prompt's own visual tokens that stay (numbered in prompt order).
+
+        Merged tokens are none of them. None without real numbers.
+        """
+        if not all(type(order) is torch.Tensor for order in self._chosen):
             return None
         kept, alive = [], np.arange(len(self.layout.index))
-        for chosen in self._chosen:
-            alive = alive[chosen.cpu().numpy()]
-            kept.append([int(i) for i in alive])
+        for order in self._chosen:
+            chosen = order.cpu().numpy()
+            alive = np.append(alive, -1)[np.where(chosen < len(alive), chosen, -1)]
+            kept.append([int(i) for i in alive if i >= 0])
         return kept
 
     # -- in and out ----------------------------------------------------------------------------------------------------
 
     def __enter__(self) -> Surgery:
+        _ENTERED[self._model] = self
         if not self.stages:
             return self
-        if self._tower is not None:
-            self._watch_tower(self._tower)
-        self._pre(self._layers[0], self._begin)
-        if "map" in self.pruner.needs:
-            # The reference's loop holds a layer's map until the next layer has made its own: that second map is part
-            # of what the method costs, so every layer up to the last cut is watched. Where it only masks, it goes on
-            # asking every layer for its map, and its variables hold the one it ranked by until the loop is over.
-            for layer in self._layers if self.pruner.mask_only else self._layers[: self.stages[-1].layer]:
-                self._post(cast(nn.Module, layer.self_attn), self._keep_map)
+        self._scene.pre(self._layers[0], self._begin)
+        for signal in self._signals.values():
+            signal.watch([stage.layer - 1 for stage in self.stages])
         for stage in self.stages:
             if stage.layer:
                 self._watch(self._layers[stage.layer - 1], stage)
         for number in range(self.stages[0].layer, len(self._layers)):
             cuts = sum(stage.layer <= number for stage in self.stages)
-            self._pre(self._layers[number], partial(self._adjust, cuts))
-        self._post(self._layers[-1], lambda *_: self._release())
+            self._scene.pre(self._layers[number], partial(self._adjust, cuts))
+        self._scene.post(self._layers[-1], lambda *_: self._release())
+        if hasattr(self._decoder, _DEEPSTACK):
+            self._scene.pre(self._decoder, self._deepens)
+            setattr(self._decoder, _DEEPSTACK, self._deepened)
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        for hook in self._hooks:
-            hook.remove()
-        self._hooks.clear()
+        _ENTERED.pop(self._model, None)
+        self._scene.leave()
         self._release()
-        self._vision = None
-
-    def _pre(self, module: nn.Module, hook: Hook) -> None:
-        self._hooks.append(module.register_forward_pre_hook(hook, with_kwargs=True))
-
-    def _post(self, module: nn.Module, hook: Hook, *, first: bool = False) -> None:
-        self._hooks.append(module.register_forward_hook(hook, with_kwargs=True, prepend=first))
+        vars(self._decoder).pop(_DEEPSTACK, None)
 
     def _reset(self) -> None:
         """Forget the prompt before."""
-        self._prefill = False
+        self._scene.prefill = False
         self._past = 0  # tokens layer 0 has cached before this forward
         self._length = 0  # tokens of the prompt
+        #: For each cut made, the visual tokens behind it as numbers of those before it; merged ones count from n on.
         self._chosen: list[torch.Tensor] = []
         self._alive: list[torch.Tensor] = []  # for each cut made, the original position of each token left by it
-        self._visual: torch.Tensor | None = None  # where the visual tokens stand among those
+        self._own: torch.Tensor | None = None  # for each visual token left its number in the prompt; merged ones: -1
         self._visible: torch.Tensor | None = None  # masking only: which prompt positions may be looked at
-        self._release()
+        self._about: dict[str, torch.Tensor] = {}  # what was read of the prompt
+        self._inputs: dict[Any, Any] = {}
+        self._given: Any = None  # what the layer before a cut was given
+        self._choice: Choice | None = None  # what was chosen inside that layer, until it ends
 
     def _release(self) -> None:
         """Let go of every tensor held for the time of a prefill."""
-        self._seen: dict[str, torch.Tensor] = {}
-        self._about: dict[str, torch.Tensor] = {}  # one row a visual token still alive: positions, images, vision
-        self._inputs: dict[str, Any] = {}
+        for signal in self._signals.values():
+            signal.end()
+        self._about, self._inputs, self._own, self._deep = {}, {}, None, ()
+        self._given = self._choice = None
+        self._scene.prefill = False
 
     # -- prefill -------------------------------------------------------------------------------------------------------
 
     def _begin(self, layer: nn.Module, args: Any, kwargs: Any) -> Any:
         """Before layer 0: tell prefill from decoding, and make a cut that comes before every layer."""
-        hidden = args[0] if args else kwargs["hidden_states"]
+        hidden = entering(args, kwargs)
         cache = kwargs.get("past_key_values")
         if cache is None:
             raise UsageError("pruning needs the KV cache: without one, nothing remembers what was cut (use_cache=True)")
         past = cache.get_seq_length()
+        _refuse_full_window(cache, past + hidden.shape[1])
         if past:
-            self._prefill, self._past = False, past
+            self._scene.prefill, self._past, self._inputs = False, past, {}
             return None
         self._reset()
-        self._prefill = True
+        self._scene.prefill = True
         self._length = hidden.shape[1]
         if hidden.shape[0] != 1:
             raise UsageError(f"pruning works on one prompt at a time, and this batch has {hidden.shape[0]}")
         if self._length != self.layout.length:
             raise UsageError(f"the prompt has {self._length} tokens and its layout was made for {self.layout.length}")
         with scopes.scope("pruner", "surgery"):
-            self._visual = _placed(self.layout.index, hidden)
-            self._about["positions"] = _placed(self.layout.positions, hidden)
+            self._scene.visual = _placed(self.layout.index, hidden)
+            if self.layout.positions is not None:
+                self._about["positions"] = _placed(self.layout.positions, hidden)
             self._about["images"] = _placed(self.layout.images, hidden)
-            if self._vision is not None:
-                self._about["vision"], self._vision = patches_to_tokens(self._vision, len(self.layout.index)), None
+            for name, signal in self._signals.items():
+                if signal.of_prompt:
+                    self._about[name] = signal.read(Cut(0, hidden, kwargs))
+                    signal.forget()
         if self.stages[0].layer == 0:
-            if "source" in self.pruner.needs:
-                self._seen["source"] = hidden
             cut = self._cut(layer, hidden, self.stages[0], kwargs)
             return ((cut, *args[1:]), kwargs) if args else (args, {**kwargs, "hidden_states": cut})
         return None
 
-    def _watch_tower(self, attention: Any) -> None:
-        """Score the patches as soon as the vision tower's layer has made its queries and keys."""
-        made: dict[str, torch.Tensor] = {}
-
-        def projected(name: str, _: nn.Module, args: Any, kwargs: Any, out: torch.Tensor) -> None:
-            made[name] = out
-            if len(made) == 2:
-                with scopes.scope("pruner", "surgery"):
-                    self._vision = attention_received(attention, made.pop("query"), made.pop("key"))
-
-        self._post(getattr(attention, "q_norm", attention.q_proj), partial(projected, "query"))
-        self._post(getattr(attention, "k_norm", attention.k_proj), partial(projected, "key"))
-
-    def _keep_map(self, _: nn.Module, args: Any, kwargs: Any, out: Any) -> None:
-        """Hold a layer's attention map in place of the one before."""
-        if self._prefill:
-            self._seen["map"] = out[1]
-
     def _watch(self, layer: nn.Module, stage: Stage) -> None:
-        """Collect what the pruner may look at in ``layer``, and cut its output."""
-        attention = cast(nn.Module, layer.self_attn)
+        """Choose in the layer before a cut, or behind it, and cut its output."""
+        if "target" in self._signals and not any(signal.of_output for signal in self._signals.values()):
+            # Chosen at the end of the MLP, which still holds the target and has given back all else: held on to until
+            # the layer's end, the target would move what is allocated there, and with it a peak to come.
+            self._scene.pre(layer, self._entered)
+            self._scene.post(cast(nn.Module, layer.mlp), partial(self._fed, stage, layer))
+        self._scene.post(layer, partial(self._leaving, stage), first=True)
 
-        def entering(_: nn.Module, args: Any, kwargs: Any) -> None:
-            if self._prefill:
-                self._seen["source"] = args[0] if args else kwargs["hidden_states"]
+    def _entered(self, _: nn.Module, args: Any, kwargs: Any) -> None:
+        self._given = kwargs
 
-        def attending(_: nn.Module, args: Any, kwargs: Any) -> None:
-            if self._prefill:
-                with scopes.scope("pruner", "surgery"):
-                    hidden = args[0] if args else kwargs["hidden_states"]
-                    self._seen["query"] = hidden[:, -1:].clone()  # a view would keep every row
+    def _fed(self, stage: Stage, layer: nn.Module, _: nn.Module, args: Any, kwargs: Any, out: torch.Tensor) -> None:
+        if self._scene.prefill:
+            self._choice = self._choose(layer, out, stage, self._given)
+        self._given = None
 
-        def normed(_: nn.Module, args: Any, kwargs: Any, out: torch.Tensor) -> None:
-            if self._prefill:
-                self._seen["target"] = out
+    def _leaving(self, stage: Stage, layer: nn.Module, args: Any, kwargs: Any, out: Any) -> Any:
+        """Cut what the layer before a cut makes."""
+        if not self._scene.prefill:
+            return None
+        hidden = out[0] if isinstance(out, tuple) else out
+        cut = self._cut(layer, hidden, stage, kwargs)
+        return (cut, *out[1:]) if isinstance(out, tuple) else cut
 
-        def leaving(_: nn.Module, args: Any, kwargs: Any, out: Any) -> Any:
-            if not self._prefill:
-                return None
-            hidden = out[0] if isinstance(out, tuple) else out
-            cut = self._cut(layer, hidden, stage, kwargs)
-            return (cut, *out[1:]) if isinstance(out, tuple) else cut
+    def _choose(self, layer: nn.Module, hidden: torch.Tensor, stage: Stage, kwargs: Any) -> Choice:
+        """What the pruner wants; what it was shown is let go of.
 
-        if "source" in self.pruner.needs:
-            self._pre(layer, entering)
-        if "row" in self.pruner.needs:
-            self._pre(attention, attending)
-        if "target" in self.pruner.needs:
-            self._post(cast(nn.Module, layer.post_attention_layernorm), normed)
-        self._post(layer, leaving, first=True)
+        ``layer`` is the one before the cut, or layer 0, and ``kwargs`` what it is given.
+        """
+        with scopes.scope("pruner", "surgery"):
+            room = _widest(layer) * 2 * hidden.element_size() if stage.layer else 0
+            view = self._view(Cut(stage.layer, hidden, kwargs, self._added(stage.layer, hidden)), stage.merged, room)
+            choice = self.pruner.select(view, stage.kept)
+            choice = choice if isinstance(choice, Choice) else Choice(choice)
+            choice = dataclasses.replace(choice, kept=choice.kept.sort().values)
+        for signal in self._signals.values():
+            signal.forget()
+        return choice
 
     def _cut(self, layer: nn.Module, hidden: torch.Tensor, stage: Stage, kwargs: Any) -> torch.Tensor:
-        """Ask the pruner, then keep only what it chose of ``hidden`` and of what later layers are given."""
-        assert self._visual is not None
+        """Keep only what the pruner chose of ``hidden`` and of what later layers are given."""
+        choice, self._choice = self._choice, None
+        choice = choice or self._choose(layer, hidden, stage, kwargs)
+        kept = choice.kept
         with scopes.scope("pruner", "surgery"):
-            view = View(
-                count=self._visual.shape[0],
-                device=hidden.device,
-                source=self._visual_rows("source"),
-                target=self._visual_rows("target"),
-                vision=self._about.get("vision"),
-                positions=self._about["positions"],
-                images=self._about["images"],
-                row=lambda: self._row(layer, kwargs),
-                map=lambda: self._map(),
-                ahead=lambda: self._row_ahead(self._layers[stage.layer], hidden, kwargs),
-                seed=self.seed,
-            )
-            chosen = self.pruner.select(view, stage.kept).sort().values
-            del view
-            self._seen = {name: self._seen[name] for name in _LOOP_HOLDS if name in self._seen}
-            self._chosen.append(chosen)
-            visual = self._visual.index_select(0, chosen)
             if self.pruner.mask_only:
-                self._hide(visual, hidden)
+                self._chosen.append(kept)
+                self._hide(kept, hidden)
                 return hidden
+            assert self._scene.visual is not None
+            visual = self._scene.visual.index_select(0, kept)
             rows = self._rows_kept(visual, hidden.shape[1])
-            self._alive.append(self._alive[-1].index_select(0, rows) if self._alive else rows)
-            self._visual = torch.searchsorted(rows, visual)
-            self._about = {name: rows_of.index_select(0, chosen) for name, rows_of in self._about.items()}
             self._inputs = {}
-            return hidden.index_select(1, rows)
+            if choice.merged is None:
+                return self._drop(hidden, kept, visual, rows)
+            assert choice.at is not None
+            return self._drop_and_merge(hidden, kept, visual, rows, choice.merged, choice.at)
 
-    def _visual_rows(self, seen: str) -> torch.Tensor | None:
-        """The visual tokens' rows of what was seen: a view where they stand side by side, which needs no copy."""
-        assert self._visual is not None
-        if seen not in self._seen:
-            return None
-        rows, index = self._seen[seen][0], self.layout.index
-        if index[-1] - index[0] + 1 == len(index):
-            return rows[int(index[0]) : int(index[0]) + self._visual.shape[0]]
-        return rows.index_select(0, self._visual)
+    def _view(self, cut: Cut, merged: int, room: int) -> View:
+        """What the pruner is shown."""
+        assert self._scene.visual is not None
+        seen = {name: signal.read(cut) for name, signal in self._signals.items() if not signal.of_prompt}
+        count, device = self._scene.visual.shape[0], cut.hidden.device
+        return View(count, device, self.seed, merged, room, {**self._about, **seen}, partial(projected, self._vision))
 
     def _rows_kept(self, visual: torch.Tensor, length: int) -> torch.Tensor:
         """Rows of the present sequence that stay: all text, and ``visual``; rising."""
-        assert self._visual is not None
+        assert self._scene.visual is not None
         # A row is text unless it is one of the visual ones. Counted this way the result's size follows from shapes
         # alone.
         order = torch.zeros(length, dtype=torch.int8, device=visual.device)
-        order.index_fill_(0, self._visual, 1)
+        order.index_fill_(0, self._scene.visual, 1)
         order.index_fill_(0, visual, 0)
-        gone = self._visual.shape[0] - visual.shape[0]
+        gone = self._scene.visual.shape[0] - visual.shape[0]
         return order.argsort(stable=True)[: length - gone].sort().values
 
-    def _row(self, layer: nn.Module, kwargs: Any) -> torch.Tensor:
-        """Attention of the last token to each visual token in ``layer``, which has run: ``(n,)`` float32."""
-        attention = cast(Any, layer.self_attn)
-        query = _turned(_heads(attention, "q", self._seen["query"]), kwargs["position_embeddings"])
-        keys = kwargs["past_key_values"].layers[attention.layer_idx].keys
-        return self._attention_to_visual(attention, query, keys)
+    def _drop(self, hidden: torch.Tensor, kept: torch.Tensor, visual: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
+        """``hidden`` without what was not kept."""
+        self._chosen.append(kept)
+        self._alive.append(self._alive[-1].index_select(0, rows) if self._alive else rows)
+        self._scene.visual = torch.searchsorted(rows, visual)
+        self._about = self._of_tokens(kept)
+        self._own = self._own_left(kept)
+        return hidden.index_select(1, rows)
 
-    def _row_ahead(self, layer: nn.Module, hidden: torch.Tensor, kwargs: Any) -> torch.Tensor:
-        """The same in ``layer``, which is yet to run on ``hidden``: its norm and key projection run twice."""
-        attention = cast(Any, layer.self_attn)
-        # Not by a call: whoever hooks the layer's norm would take it for the layer's own run.
-        normed = cast(Any, layer.input_layernorm).forward(hidden)
-        query = _turned(_heads(attention, "q", normed[:, -1:]), kwargs["position_embeddings"])
-        keys = _turned(_heads(attention, "k", normed), kwargs["position_embeddings"])
-        return self._attention_to_visual(attention, query, keys)
+    def _drop_and_merge(
+        self,
+        hidden: torch.Tensor,
+        kept: torch.Tensor,
+        visual: torch.Tensor,
+        rows: torch.Tensor,
+        merged: torch.Tensor,
+        at: torch.Tensor,
+    ) -> torch.Tensor:
+        """The same with ``merged`` put in, each behind the token ``at`` says."""
+        assert self._scene.visual is not None
+        count, added = self._scene.visual.shape[0], merged.shape[0]
+        behind = at.clamp(min=0)
+        # Twice the number, so that there is a place behind each token, and one before the first.
+        among = torch.cat((2 * kept, 2 * at + 1)).argsort(stable=True)
+        new = torch.arange(count, count + added, device=kept.device)
+        self._chosen.append(torch.cat((kept, new)).index_select(0, among))
+        self._about = self._of_tokens(torch.cat((kept, behind)).index_select(0, among))
+        self._own = self._own_left(self._chosen[-1], added)
+        places = self._scene.visual.index_select(0, behind)
+        order = torch.cat((2 * rows, torch.where(at < 0, 2 * places - 1, 2 * places + 1))).argsort(stable=True)
+        sources = torch.cat((rows, places)).index_select(0, order)
+        self._alive.append(self._alive[-1].index_select(0, sources) if self._alive else sources)
+        seen = torch.zeros(rows.shape[0] + added, dtype=torch.int8, device=kept.device)
+        seen.index_fill_(0, torch.searchsorted(rows, visual), 1)
+        seen[rows.shape[0] :] = 1
+        # Sorted, the text comes first.
+        by_kind = seen.index_select(0, order).argsort(stable=True)
+        self._scene.visual = by_kind[rows.shape[0] - kept.shape[0] :].sort().values
+        return torch.cat((hidden.index_select(1, rows), merged[None].to(hidden.dtype)), 1).index_select(1, order)
 
-    def _attention_to_visual(self, attention: Any, query: torch.Tensor, keys: torch.Tensor) -> torch.Tensor:
-        """Mean over heads of one query's attention to the visual tokens: ``(n,)`` float32."""
-        assert self._visual is not None
-        grouped = query[0, :, 0].view(keys.shape[1], -1, attention.head_dim)
-        scores = torch.matmul(grouped, keys[0].transpose(1, 2)) * attention.scaling
-        mean: torch.Tensor = scores.softmax(-1, dtype=torch.float32).mean((0, 1))
-        return mean.index_select(0, self._visual)
+    def _of_tokens(self, order: torch.Tensor) -> dict[str, torch.Tensor]:
+        """What was read of the prompt, of the visual tokens ``order`` alone."""
+        return {
+            name: about.index_select(0, order) if signal_kind(name).leads[:1] == ("visual",) else about
+            for name, about in self._about.items()
+        }
 
-    def _map(self) -> torch.Tensor:
-        """The same read off the kept map, averaged over heads as a whole first, as FastV's reference does."""
-        assert self._visual is not None
-        averaged = self._seen["map"].mean(1)
-        if self.pruner.mask_only:
-            self._seen |= {"ranked_map": self._seen["map"], "averaged_map": averaged}
-        return averaged[0, -1].index_select(0, self._visual).float()
+    def _own_left(self, order: torch.Tensor, merged: int = 0) -> torch.Tensor | None:
+        """:attr:`_own` of the visual tokens ``order``, where a model asks for it."""
+        if not hasattr(self._decoder, _DEEPSTACK):
+            return None
+        own = torch.arange(len(self.layout.index), device=order.device) if self._own is None else self._own
+        return torch.cat((own, own.new_full((merged,), -1))).index_select(0, order)
+
+    def _deepened(self, hidden: torch.Tensor, mask: torch.Tensor, added: torch.Tensor) -> torch.Tensor:
+        """DeepStack: what the vision tower adds to the visual tokens behind a layer, to those that are left.
+
+        In place of the decoder's own method, which goes by the prompt's mask: no hook comes between the two. Merged
+        tokens get nothing, as nobody saw them.
+        """
+        if self._own is None:
+            return cast(torch.Tensor, getattr(type(self._decoder), _DEEPSTACK)(self._decoder, hidden, mask, added))
+        assert self._scene.visual is not None
+        with scopes.scope("pruner", "surgery"):
+            return hidden.index_add(1, self._scene.visual, self._of_own(added, hidden)[None])
+
+    def _deepens(self, _: nn.Module, args: Any, kwargs: Any) -> None:
+        self._deep = kwargs.get("deepstack_visual_embeds") or ()
+
+    def _added(self, number: int, hidden: torch.Tensor) -> torch.Tensor | None:
+        """What DeepStack will add to the visual tokens between the layer before cut ``number`` and the one behind."""
+        return self._of_own(self._deep[number - 1], hidden) if 0 < number <= len(self._deep) else None
+
+    def _of_own(self, added: torch.Tensor, hidden: torch.Tensor) -> torch.Tensor:
+        """The rows of ``added``, one for each token of the prompt's, of those that are left; zeros for merged ones."""
+        rows = added.to(hidden.dtype)
+        if self._own is None:
+            return rows
+        rows = rows.index_select(0, self._own.clamp(min=0))
+        return rows.masked_fill_((self._own < 0)[:, None], 0.0)
 
     # -- what layers behind a cut are given ----------------------------------------------------------------------------
 
@@ -337,44 +371,94 @@ class Surgery:
         """Give a layer behind ``cuts`` cuts the positions and mask of the tokens that are left."""
         if self.pruner.mask_only:
             return self._mask(args, kwargs) if self._visible is not None else None
-        if len(self._alive) < cuts:
-            return None
-        alive = self._alive[cuts - 1]
+        compact = self.pruner.positions == "compact"
+        if len(self._alive) < cuts or not (self._scene.prefill or compact or kwargs.get("attention_mask") is not None):
+            return None  # a decode step without a mask is as it should be
         with scopes.scope("pruner", "surgery"):
-            given = self._prefill_inputs(kwargs, alive) if self._prefill else self._step_inputs(kwargs, alive)
+            if self._scene.prefill:
+                given = self._prefill_inputs(layer, kwargs, self._alive[cuts - 1], entering(args, kwargs))
+            else:
+                given = self._step_inputs(layer, kwargs, cuts, entering(args, kwargs))
             return args, {**kwargs, **given}
 
-    def _prefill_inputs(self, kwargs: Any, alive: torch.Tensor) -> dict[str, Any]:
-        """Positions and mask of the rows left, made once for all layers behind a cut."""
-        if not self._inputs:
-            self._inputs["position_embeddings"] = tuple(t.index_select(1, alive) for t in kwargs["position_embeddings"])
-            if kwargs.get("position_ids") is not None:
-                self._inputs["position_ids"] = kwargs["position_ids"].index_select(-1, alive)
+    def _prefill_inputs(
+        self, layer: nn.Module, kwargs: Any, alive: torch.Tensor, hidden: torch.Tensor
+    ) -> dict[str, Any]:
+        """Positions and mask of the rows left, made once for all layers of a kind behind a cut."""
+        inputs: dict[str, Any] = self._inputs.setdefault(kind_of(layer), {})
+        if not inputs:
+            compact, left = self.pruner.positions == "compact", alive.shape[0]
+            for name, axis in (("position_embeddings", 1), ("position_ids", -1)):
+                whole = kwargs.get(name)
+                if whole is None:
+                    continue
+                parts = whole if isinstance(whole, tuple) else (whole,)
+                cut = tuple(t.narrow(axis, 0, left) if compact else t.index_select(axis, alive) for t in parts)
+                inputs[name] = cut if isinstance(whole, tuple) else cut[0]
+            if compact and self._axes > 1:  # the prompt's own first rows are not numbered from 0 one by one
+                ids = torch.arange(left, device=alive.device)[None]
+                inputs["position_embeddings"] = self._tables(layer, hidden, ids)
             if kwargs.get("attention_mask") is not None:
-                self._inputs["attention_mask"] = (
-                    kwargs["attention_mask"].index_select(-2, alive).index_select(-1, alive)
-                )
-        return self._inputs
+                mask = kwargs["attention_mask"].index_select(-2, alive).index_select(-1, alive)
+                inputs["attention_mask"] = self._causal(mask, alive)
+        return inputs
 
-    def _step_inputs(self, kwargs: Any, alive: torch.Tensor) -> dict[str, Any]:
-        """A decode step's mask, if there is one, cut to the columns this layer's cache still has."""
-        mask = kwargs.get("attention_mask")
+    def _causal(self, mask: torch.Tensor, alive: torch.Tensor) -> torch.Tensor:
+        """``mask`` ``(1, 1, n, n)``, where merged tokens that share a position do not see those behind them."""
+        if not any(stage.merged for stage in self.stages):
+            return mask
+        later = torch.ones(mask.shape[-2:], dtype=torch.bool, device=mask.device).triu_(1)
+        if self._both_ways:
+            later = later.logical_and_(alive[:, None] == alive)
+        return mask.masked_fill(later, False if mask.dtype == torch.bool else torch.finfo(mask.dtype).min)
+
+    def _step_inputs(self, layer: nn.Module, kwargs: Any, cuts: int, hidden: torch.Tensor) -> dict[str, Any]:
+        """A decode step's mask cut to the columns this layer's cache still has, and its compact positions."""
+        key = cuts, kind_of(layer)
+        if key not in self._inputs:
+            positions = self._step_positions(layer, kwargs, cuts, hidden)
+            self._inputs[key] = {**self._step_mask(layer, kwargs, cuts), **positions}
+        return cast("dict[str, Any]", self._inputs[key])
+
+    def _step_mask(self, layer: nn.Module, kwargs: Any, cuts: int) -> dict[str, Any]:
+        mask, alive = kwargs.get("attention_mask"), self._alive[cuts - 1]
         if mask is None:
             return {}
-        prompt = self._length
-        if self.stages[0].layer == 0:
-            # generate() made the mask for layer 0's cache, which never had the columns of the first cut.
-            alive, prompt = torch.searchsorted(self._alive[0], alive), self._alive[0].shape[0]
+        prompt, first = self._length, next(n for n, one in enumerate(self._layers) if kind_of(one) == kind_of(layer))
+        before = sum(stage.layer <= first for stage in self.stages)
+        if before:
+            # The mask was made for the cache of the first layer of this kind, which never had the columns of these.
+            alive, prompt = torch.searchsorted(self._alive[before - 1], alive), self._alive[before - 1].shape[0]
         new = torch.arange(prompt, mask.shape[-1], device=mask.device)
         return {"attention_mask": mask.index_select(-1, torch.cat((alive, new)))}
 
+    def _step_positions(self, layer: nn.Module, kwargs: Any, cuts: int, hidden: torch.Tensor) -> dict[str, Any]:
+        if self.pruner.positions != "compact":
+            return {}
+        ids = kwargs.get("position_ids")
+        if ids is None:
+            raise UsageError("positions=compact needs decoder layers that are given position_ids; take original")
+        ids = ids - (self._length - self._alive[cuts - 1].shape[0])
+        return {"position_ids": ids, "position_embeddings": self._tables(layer, hidden, ids)}
+
+    @property
+    def _axes(self) -> int:
+        """Along how many axes a token has a position: time, height, width where rotary tables are made of sections."""
+        return 3 if hasattr(self._rotary, "mrope_section") else 1
+
+    def _tables(self, layer: nn.Module, hidden: torch.Tensor, ids: torch.Tensor) -> Any:
+        """Rotary tables of the positions ``ids``, ``(1, n)``, which are the same along every axis, as a text's are."""
+        ids = ids.expand(self._axes, *ids.shape) if self._axes > 1 else ids
+        return tables(self._rotary, layer, hidden, ids)
+
     # -- masking instead of dropping -----------------------------------------------------------------------------------
 
-    def _hide(self, visual: torch.Tensor, hidden: torch.Tensor) -> None:
+    def _hide(self, kept: torch.Tensor, hidden: torch.Tensor) -> None:
         """Remember which prompt positions stay visible: ``(length,)`` bool."""
-        assert self._visual is not None
+        assert self._scene.visual is not None
         visible = torch.ones(hidden.shape[1], dtype=torch.bool, device=hidden.device)
-        self._visible = visible.index_fill(0, self._visual, False).index_fill(0, visual, True)
+        visible = visible.index_fill(0, self._scene.visual, False)
+        self._visible = visible.index_fill(0, self._scene.visual.index_select(0, kept), True)
 
     def _mask(self, args: Any, kwargs: Any) -> Any:
         """Forbid every query to look at hidden positions; nothing gets shorter."""
@@ -385,8 +469,9 @@ class Surgery:
             rows = columns[self._past :, None]
             visible = torch.ones(len(columns), dtype=torch.bool, device=hidden.device)
             visible[: self._length] = self._visible
-            allowed = ((columns <= rows) & visible)[None, None]
             mask = kwargs.get("attention_mask")
+            told = self._both_ways and mask is not None  # who looks at whom, which is not only back
+            allowed = (visible.expand(rows.shape[0], -1) if told else (columns <= rows) & visible)[None, None]
             if mask is None:
                 mask = allowed if _attention_of(self._layers[0]) != "eager" else _additive(allowed, hidden.dtype)
             else:
@@ -398,24 +483,26 @@ class Surgery:
             return args, {**kwargs, "attention_mask": mask}
 
 
+def _refuse_full_window(cache: Any, tokens: int) -> None:
+    """Raise UsageError where layers begin to forget: which columns a mask has left is then not known."""
+    sliding = [one for one in getattr(cache, "layers", ()) if getattr(one, "is_sliding", False)]
+    window = min((one.sliding_window for one in sliding), default=0)
+    if window and tokens >= window:
+        raise UsageError(
+            f"pruning works until a sliding window is full: it has {window} tokens, and {tokens} are reached; "
+            "shorten the prompt or the answer"
+        )
+
+
 def _placed(values: npt.NDArray[Any], like: torch.Tensor) -> torch.Tensor:
     """``values`` where ``like`` is, without storage if ``like`` has none."""
-    host = torch.from_numpy(values)
+    host = on_host(values)
     return like.new_empty(host.shape, dtype=host.dtype).copy_(host)
 
 
-def _heads(attention: Any, which: str, hidden: torch.Tensor) -> torch.Tensor:
-    """Queries (``q``) or keys (``k``) of ``(1, r, hidden)`` by head, before rotary: ``(1, heads, r, dim)``."""
-    made = getattr(attention, f"{which}_proj")(hidden).view(1, hidden.shape[1], -1, attention.head_dim)
-    norm = getattr(attention, f"{which}_norm", None)
-    return cast(torch.Tensor, made if norm is None else norm(made)).transpose(1, 2)
-
-
-def _turned(by_head: torch.Tensor, rotary: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
-    """``by_head`` ``(1, heads, r, dim)`` with the rotary positions of the last r rows of ``rotary``, split halves."""
-    cos, sin = (t[:, -by_head.shape[2] :].unsqueeze(1) for t in rotary)
-    first, second = by_head.chunk(2, dim=-1)
-    return by_head * cos + torch.cat((-second, first), dim=-1) * sin
+def _widest(layer: nn.Module) -> int:
+    """Numbers a token of the widest activation of ``layer``; an MLP holds two such at once, gated or not."""
+    return max((part.out_features for part in layer.modules() if isinstance(part, nn.Linear)), default=0)
 
 
 def _additive(allowed: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
@@ -426,4 +513,4 @@ def _additive(allowed: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
 
 def _attention_of(layer: nn.Module) -> str:
     """The attention implementation a decoder layer runs."""
-    return str(cast(Any, layer.self_attn).config._attn_implementation)
+    return str(attention_in(layer).config._attn_implementation)

@@ -1,77 +1,99 @@
-"""Optimal transport between visual tokens in row blocks (:mod:`memprof.pruning.pairs`).
+"""Optimal transport between visual tokens, over a kernel ``exp(-C / eps)`` of all pairs.
 
-A plan is kept as its two scalings, ``P = diag(u) exp(-C / eps) diag(v)``; every pass computes the costs of a block of
-rows anew from the features.
+A plan is kept as its two scalings, ``P = diag(u) K diag(v)``. The kernel is made whole where there is room for it, and
+every pass is a product of a matrix and a vector; else in blocks of rows that every pass makes anew.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 
 import torch
 
-from memprof.pruning.pairs import blocks
+#: Rows ``start`` to ``stop`` of a matrix of pairs, ``(stop - start, n)`` float32, for whoever asked to change in place.
+Block = Callable[[int, int], torch.Tensor]
 
-#: A block of costs: ``cost(start, stop)`` gives rows ``start`` to ``stop``, ``(stop - start, n)`` float32, for whoever
-#: asked to change in place.
-Cost = Callable[[int, int], torch.Tensor]
+
+class Kernel:
+    """A matrix ``exp(-C / eps)``, ``(n, n)`` float32, to be gone through from the first row to the last.
+
+    Args:
+        block: Makes rows ``start`` to ``stop``.
+        ranges: The rows of each block. Is there one only, it is made once and kept.
+    """
+
+    def __init__(self, block: Block, ranges: list[tuple[int, int]]) -> None:
+        self._block, self._ranges = block, ranges
+        self._whole = block(*ranges[0]) if len(ranges) == 1 else None
+
+    def each(self, made: Callable[..., torch.Tensor], *rows: torch.Tensor) -> torch.Tensor:
+        """``made(block, ...)`` of every block, one below the other; a block is gone before the next one is made.
+
+        What is given for each row comes along, cut as the blocks are.
+        """
+        if self._whole is not None:
+            return made(self._whole, *rows)
+        return torch.cat(
+            [made(self._block(start, stop), *(of[start:stop] for of in rows)) for start, stop in self._ranges]
+        )
 
 
 def sinkhorn(
-    cost: Cost, rows: torch.Tensor, columns: torch.Tensor, eps: float, iterations: int
+    kernel: Kernel, rows: torch.Tensor, columns: torch.Tensor, iterations: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Scalings of the entropic plan balanced on both sides (Cuturi 2013, arXiv:1306.0895, algorithm 1).
 
     Each iteration scales the rows to the marginal ``rows``, then the columns to ``columns``, in ONE pass over the
-    costs: a block's row scalings need only the column scalings of the iteration before. It ends on the columns, so
+    kernel: a block's row scalings need only the column scalings of the iteration before. It ends on the columns, so
     column sums are exact and row sums carry the residue of convergence. (Ended on the rows, row sums would equal
     ``rows`` whatever the cost.)
 
     Args:
-        cost: Blocks of costs, none above 80 ``eps``: from 87 on, ``exp(-C / eps)`` is no ordinary float32.
+        kernel: Of costs none of which is above 80 ``eps``: from 87 on, ``exp(-C / eps)`` is no ordinary float32.
         rows: ``(n,)`` float32, positive, summing to 1.
         columns: ``(n,)`` float32, positive, summing to 1.
-        eps: Entropic regularisation, in units of cost.
         iterations: Passes, at least 1.
 
     Returns:
         ``u`` and ``v``, each ``(n,)`` float32.
     """
-    u, v = torch.empty_like(rows), torch.ones_like(columns)
+    u, v = rows, torch.ones_like(columns)
     for _ in range(iterations):
         reached = torch.zeros_like(v)
-        for start, stop in blocks(len(rows)):
-            kernel = _kernel(cost, start, stop, eps)
-            scaled = torch.div(rows[start:stop], kernel @ v, out=u[start:stop])
-            reached += scaled @ kernel
-            del kernel  # before the next block is made: two blocks at a time, not three
+        u = kernel.each(partial(_scale, v, reached), rows)
         v = columns / reached
     return u, v
 
 
-def source_relaxed(cost: Cost, columns: torch.Tensor, eps: float) -> tuple[torch.Tensor, torch.Tensor]:
-    """Scalings of the plan whose rows are free: ``P_ij = columns_j softmax_i(-C_ij / eps)``. One pass, and exact.
+def _scale(v: torch.Tensor, reached: torch.Tensor, block: torch.Tensor, marginal: torch.Tensor) -> torch.Tensor:
+    """Scalings of a block's rows; what they give each column is added to ``reached``."""
+    u = marginal / block.mv(v)
+    reached.addmv_(block.T, u)
+    return u
+
+
+def source_relaxed(kernel: Kernel, rows: torch.Tensor, columns: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Scalings of the plan whose rows are free: ``P_ij = columns_j rows_i K_ij / (rows K)_j``. One pass, and exact.
+
+    Args:
+        kernel: As for :func:`sinkhorn`.
+        rows: What of ``exp(-C / eps)`` is the same all along a row and not in ``kernel``, ``(n,)`` float32.
+        columns: ``(n,)`` float32, positive, summing to 1.
 
     Returns:
-        ``u`` (ones) and ``v``, each ``(n,)`` float32.
+        ``u``, which is ``rows``, and ``v``, ``(n,)`` float32.
     """
     reached = torch.zeros_like(columns)
-    for start, stop in blocks(len(columns)):
-        reached += _kernel(cost, start, stop, eps).sum(0)
-    return torch.ones_like(columns), columns / reached
+    kernel.each(lambda block, weights: reached.addmv_(block.T, weights), rows)
+    return rows, columns / reached
 
 
-def row_maxima(cost: Cost, u: torch.Tensor, v: torch.Tensor, eps: float) -> torch.Tensor:
+def row_maxima(kernel: Kernel, u: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
     """Largest entry of each row of the plan, ``(n,)`` float32: the most that a token sends to one target. One pass."""
-    largest = [_kernel(cost, *block, eps).mul_(v).amax(1) for block in blocks(len(u))]
-    return torch.cat(largest).mul_(u)
+    return kernel.each(lambda block: (block * v).amax(1)).mul_(u)
 
 
-def row_sums(cost: Cost, u: torch.Tensor, v: torch.Tensor, eps: float) -> torch.Tensor:
+def row_sums(kernel: Kernel, u: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
     """Sum of each row of the plan, ``(n,)`` float32: all that a token sends. One pass."""
-    return torch.cat([_kernel(cost, *block, eps) @ v for block in blocks(len(u))]).mul_(u)
-
-
-def _kernel(cost: Cost, start: int, stop: int, eps: float) -> torch.Tensor:
-    """``exp(-C / eps)`` of a block, in the block's own memory."""
-    return cost(start, stop).div_(-eps).exp_()
+    return kernel.each(lambda block: block.mv(v)).mul_(u)

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
-from memprof.figures import facts
-from memprof.figures.palette import PART_LABELS
 from memprof.intervals import Interval
-from memprof.records import PARTS, Run, quality, summarize
-from memprof.units import in_unit
+from memprof.records import PARTS, Run, SampleRecord, quality, summarize
+from memprof.telling import facts
+from memprof.telling.holders import leading_part, words_for
+from memprof.telling.palette import PART_LABELS
+from memprof.units import format_bytes, in_unit, unit_for
 
 MISSING = "-"
 DIGITS = {"GiB": 3, "GB": 3, "MiB": 1, "MB": 1}
@@ -26,10 +28,13 @@ class Sheet:
         rows: A row a run.
         parts_head: The columns' names of the parts' table.
         parts: The parts' table, of the same shape: dynamic bytes at the highest instant.
+        callers: A row for each line of a program that called ``generate()`` (:data:`CALLERS_HEAD`); empty where samples
+            are a task's.
         quality_head: The columns' names of the quality table.
         quality: What was lost, a row a run; empty where nothing was scored or compared.
         remarks: A line for each failed sample, one where savings are over fewer samples, and each note of a run.
         origin: Where the numbers come from.
+        legend: What the columns count, in words.
         runs: The runs, a row each.
     """
 
@@ -39,10 +44,12 @@ class Sheet:
     rows: list[list[str]]
     parts_head: list[str]
     parts: list[list[str]]
+    callers: list[list[str]]
     quality_head: list[str]
     quality: list[list[str]]
     remarks: list[str]
     origin: str
+    legend: list[str]
     runs: list[Run]
 
 
@@ -60,6 +67,12 @@ def number(n_bytes: int | None, unit: str) -> str:
     return f"<{least}" if n_bytes > 0 and float(text) == 0 else text
 
 
+def _peak(n_bytes: int | None, total: Mapping[str, Any], unit: str) -> str:
+    """A highest value; where samples failed it is that of those that finished, and no more than a lower bound."""
+    text = number(n_bytes, unit)
+    return f"≥ {text}" if total["failed"] and n_bytes is not None else text
+
+
 def percent(share: float | None) -> str:
     """``0.456`` -> ``'45.6 %'``."""
     return MISSING if share is None else f"{100 * share:.1f} %".replace("-", "−")
@@ -73,12 +86,14 @@ def sheets(runs: Sequence[Run], unit: str) -> Iterator[Sheet]:
 
 def _sheet(group: list[Run], unit: str) -> Sheet:
     names, totals = facts.labels(group), [summarize(run) for run in group]
-    head = ["method", "keep/pruned", "static", "dynamic peak", "saved", "KV cache", "reserved", "FLOPs cut", "status"]
+    head = ["method", "keep/pruned", "static", "dynamic peak", "saved", "KV cache", "reserved", "total", "FLOPs cut"]
     rows = [
         [
-            name, facts.keep_text(run), number(total["static_bytes"], unit), number(total["dynamic_peak_bytes"], unit),
-            percent(facts.saving(run, group)), number(total["kv_cache_bytes"], unit),
-            number(total["peak_reserved_bytes"], unit), percent(total["visual_flops_cut"]), run.record.status,
+            name, facts.keep_text(run), number(total["static_bytes"], unit),
+            *(_peak(total[key], total, unit) for key in ("dynamic_peak_bytes",)),
+            percent(facts.saving(run, group)),
+            *(_peak(total[key], total, unit) for key in ("kv_cache_bytes", "peak_reserved_bytes", "device_bytes")),
+            percent(total["visual_flops_cut"]),
         ]
         for name, run, total in zip(names, group, totals, strict=True)
     ]  # fmt: skip
@@ -95,17 +110,67 @@ def _sheet(group: list[Run], unit: str) -> Sheet:
     many = len(origin["methods"])
     return Sheet(
         title=f"{origin['model']} on {phrases[1 + many]}, stack {origin['stack']}",
-        heading=f"{origin['model']} on {phrases[1 + many]}, stack {origin['stack']}, {origin['status']} ({unit})",
+        heading=f"{origin['model']} on {phrases[1 + many]}, stack {origin['stack']}, {phrases[4 + many]}, in {unit}",
         head=head,
         rows=rows,
         parts_head=["method", *(PART_LABELS[p] for p in held), "dynamic peak"],
         parts=parts,
+        callers=_callers(group, unit),
         quality_head=QUALITY_HEAD,
         quality=[_quality(name, run, *loss) for name, run, loss in zip(names, group, losses, strict=True)] * known,
         remarks=_remarks(group, names),
         origin=" · ".join([*origin["methods"], *phrases[3 + many :]]),
+        legend=_legend(group),
         runs=group,
     )
+
+
+#: What a part is counted at, which the table's columns are not.
+PARTS_TITLE = "What holds each dynamic peak, at that instant"
+_LEGEND = (
+    "dynamic peak: highest allocated above static",
+    "KV cache: the most that a token left; at the peak there may be less of it, or more",
+    "reserved: static + dynamic + cached by the allocator",
+)
+
+
+def _legend(group: Sequence[Run]) -> list[str]:
+    """The columns' definitions, and what the total is of these runs."""
+    totals = [summarize(run)["device_bytes"] for run in group]
+    if any(totals):
+        measured = any(run.record.status == "measured" for run in group)
+        context = {int(c) for run in group if (c := run.record.environment.get("gpu_context_bytes")) is not None}
+        assumed = f" of {min(context) / 2**20:.0f} MiB" if len(context) == 1 and not measured else ""
+        return [*_LEGEND, f"total: with the CUDA context{assumed}, as nvidia-smi shows it"]
+    return [*_LEGEND, "total: not known, as no driver was asked"]
+
+
+#: What is told of each line of a program that called ``generate()``.
+CALLERS_HEAD = ["called from", "calls", "prompt", "made", "dynamic peak", "KV cache", "most held by"]
+CALLERS_TITLE = "Who called generate(): the longest prompt and answer in tokens, the highest bytes"
+
+
+def _callers(group: Sequence[Run], unit: str) -> list[list[str]]:
+    """A row for each caller, in the order of their first calls."""
+    found: dict[str, list[SampleRecord]] = {}
+    for run in group:
+        for sample in run.samples:
+            if sample.caller is not None:
+                found.setdefault(sample.caller, []).append(sample)
+    rows = []
+    for caller, samples in found.items():
+        top = max(samples, key=lambda s: s.dynamic_peak_bytes)
+        failed = sum(not s.ok for s in samples)
+        rows.append(
+            [
+                plain(caller, 60), f"{len(samples)}" + f" ({failed} failed)" * bool(failed),
+                f"{max(s.visual_tokens + s.text_tokens for s in samples):,}",
+                f"{max(len(s.tokens) for s in samples):,}",
+                number(top.dynamic_peak_bytes, unit), number(max(s.kv_cache_bytes for s in samples), unit),
+                PART_LABELS[leading_part(top.peak_parts)] if top.peak_parts else MISSING,
+            ]
+        )  # fmt: skip
+    return rows
 
 
 #: Fidelity's columns stand for :data:`memprof.analysis.fidelity.MEASURES`.
@@ -138,8 +203,26 @@ def spread(interval: Interval | None, scale: float, digits: int) -> str:
     return f"{mean} [{low}, {high}]"
 
 
+def _above(name: str, run: Run, group: Sequence[Run]) -> str | None:
+    """Why a run needs more than Baseline, where it does: the part that grew most, and what it is."""
+    saved, top = facts.saving(run, group), run.highest
+    base = next((one.highest for one in group if facts.method_of(one) == facts.BASELINE), None)
+    if saved is None or saved >= 0 or top is None or base is None:
+        return None
+    grown = {part: top.peak_parts.get(part, 0) - base.peak_parts.get(part, 0) for part in PARTS}
+    part = max(PARTS, key=lambda one: grown[one])
+    more = format_bytes(grown[part], unit_for(grown[part]), 2)
+    return f"{name} is above Baseline: at its peak, {words_for(part, top.peak_holders)}: {more} more than Baseline's"
+
+
+def _counts(group: Sequence[Run], names: Sequence[str]) -> str:
+    """``'TopV 3 of 43'``, for each run in which samples failed."""
+    lost = [(name, len(run.samples), len(run.finished)) for name, run in zip(names, group, strict=True)]
+    return ", ".join(f"{name} {of - done} of {of}" for name, of, done in lost if done < of)
+
+
 def _remarks(group: Sequence[Run], names: Sequence[str]) -> list[str]:
-    """Failed samples, each with the methods that it failed under, what savings are over, then the runs' notes."""
+    """What is not whole, failed samples with the methods that they failed under, what savings are over, and notes."""
     failed: dict[str, list[str]] = {}
     for name, run in zip(names, group, strict=True):
         for sample in run.samples:
@@ -148,5 +231,10 @@ def _remarks(group: Sequence[Run], names: Sequence[str]) -> list[str]:
                 failed.setdefault(f"sample {plain(sample.id, 60)} {sample.status}: {reason}", []).append(name)
     notes = dict.fromkeys(plain(note) for run in group for note in run.record.notes)
     losses = [f"{text} ({', '.join(under)})" for text, under in failed.items()]
+    if failed:
+        losses.append(f"≥: of the samples that finished, and no peak of all; failed: {_counts(group, names)}")
+    if len(group) > 1 and all(facts.method_of(run) != facts.BASELINE for run in group):
+        losses.append("saved: no Baseline among these runs; add --method baseline")
+    losses += [line for name, run in zip(names, group, strict=True) if (line := _above(name, run, group))]
     savings = [f"{text}; other columns: over all that each finished" for text in facts.comparisons(group)]
-    return [*losses, *savings, *notes]
+    return [*map(plain, facts.unfinished(group)), *losses, *savings, *notes]

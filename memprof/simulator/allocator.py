@@ -1,7 +1,8 @@
 """PyTorch's CUDA caching allocator, without CUDA: what would be allocated, reserved, split, merged and refused.
 
-The rules are those of PyTorch 2.13 (``c10/cuda/CUDACachingAllocator.cpp``, ``c10/core/AllocatorConfig.{h,cpp}``); the
-ones that decide addresses and segments have not changed since 2.1. In short:
+The rules are those of PyTorch 2.13 (``c10/cuda/CUDACachingAllocator.cpp``, ``c10/core/AllocatorConfig.{h,cpp}``). Those
+that decide addresses and segments were compared with the file as it stood at four earlier times from 2.1 on, and are
+the same for the pools that all share. In short:
 
 * **rounding**: a request is rounded up to 512 B, or to a division of the power of two below it where
   ``roundup_power2_divisions`` says so;
@@ -31,7 +32,7 @@ from __future__ import annotations
 
 import re
 from bisect import bisect_left, bisect_right
-from collections.abc import Callable, Hashable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import TypeVar
@@ -40,7 +41,8 @@ import numpy as np
 import numpy.typing as npt
 
 from memprof.errors import BadValue, OutOfMemory
-from memprof.units import MIB, format_bytes
+from memprof.simulator.driver import Downwards
+from memprof.units import MIB, say_bytes
 
 #: Every block is a multiple of this many bytes (``kMinBlockSize``).
 BLOCK_BYTES = 512
@@ -261,11 +263,14 @@ class Refusal:
 
     def __str__(self) -> str:
         """One line: what, how much more, and what holds the rest."""
-        context = f"{format_bytes(self.context_bytes)} are the CUDA context, " if self.context_bytes else ""
+        if self.context_bytes >= self.capacity_bytes:
+            context, capacity = say_bytes(self.context_bytes), say_bytes(self.capacity_bytes)
+            return f"out of memory: the CUDA context alone takes {context}, and there are {capacity}"
+        context = f"{say_bytes(self.context_bytes)} are the CUDA context, " if self.context_bytes else ""
         return (
-            f"out of memory: allocating {format_bytes(self.requested_bytes)} needs a segment of "
-            f"{format_bytes(self.segment_bytes)}; of {format_bytes(self.capacity_bytes)}, {context}"
-            f"{format_bytes(self.reserved_bytes)} are reserved and {format_bytes(self.allocated_bytes)} allocated"
+            f"out of memory: allocating {say_bytes(self.requested_bytes)} needs a segment of "
+            f"{say_bytes(self.segment_bytes)}; of {say_bytes(self.capacity_bytes)}, {context}"
+            f"{say_bytes(self.reserved_bytes)} are reserved and {say_bytes(self.allocated_bytes)} allocated"
         )
 
 
@@ -372,6 +377,7 @@ class CachingAllocator:
         self._at: dict[int, int] = {}  # address -> row, of blocks handed out by malloc or left by a replay
         self._ranges: dict[int, tuple[int, int]] = {}  # expandable: base address -> (bytes, page)
         self._unmapped: set[int] = set()  # rows that are addresses without memory
+        self._kept: set[int] = set()  # indices into _pools: what is cached there is never given back
         # The table. Row 0 is the edge of every segment: never free, never moved.
         self._address = [0]
         self._size = [0]
@@ -392,6 +398,8 @@ class CachingAllocator:
         twin._pools = [pool.copy() for pool in self._pools]
         if self._place == self._next_address:
             twin._place = twin._next_address
+        elif isinstance(self._place, Downwards):
+            twin._place = self._place.copy()
         twin._on_segment = on_segment
         return twin
 
@@ -489,6 +497,7 @@ class CachingAllocator:
         sizes: Sequence[int] | npt.NDArray[np.int64],
         windows: Sequence[int] = (),
         stream: Hashable = 0,
+        live: list[int] | None = None,
     ) -> Replay:
         """Run a whole program: the order of events is one thing, their sizes another, so many sizes share one order.
 
@@ -497,10 +506,13 @@ class CachingAllocator:
         bytes do nothing. ``windows`` are the event indices at which a new window begins (ascending; the first begins at
         event 0 anyway). Pass ``order`` as a list: it is read as it is. A refusal is an answer here, not an error: see
         :attr:`Replay.refused`.
+
+        ``live``, where a program comes in several calls, is the caller's table of rows, one a number: those of numbers
+        that an earlier call left come in, and what this one leaves is written there (else kept by address).
         """
         wants: list[int] = self.settings.round_sizes(sizes).tolist()
         events = order if isinstance(order, list | tuple) else [int(k) for k in order]
-        live = [0] * len(wants)
+        rows = [0] * len(wants) if live is None else live
         bounds = [0, *windows, len(events)]
         peaks, ends, reserved_peaks, reserved_ends, peak_events = [], [], [], [], []
         refused_event = None
@@ -508,7 +520,7 @@ class CachingAllocator:
         for start, stop in pairwise(bounds):
             self.reset_peaks()
             try:
-                number = self._run(events[start:stop], wants, live, stream)
+                number = self._run(events[start:stop], wants, rows, stream)
             except OutOfMemory:
                 number, failed = self._interrupted
                 refused_event = events.index(failed, start, stop)
@@ -519,26 +531,53 @@ class CachingAllocator:
             peak_events.append(-1 if number < 0 else events.index(number, start, stop))
             if refused_event is not None:
                 break
-        self._at.update((self._address[block], block) for block in live if block)
+        if live is None:
+            self._at.update((self._address[block], block) for block in rows if block)
         return Replay(
             tuple(peaks), tuple(ends), tuple(reserved_peaks), tuple(reserved_ends), tuple(peak_events), wants,
             self.refused, refused_event,
         )  # fmt: skip
 
+    def follow(self, events: Iterable[int], wants: list[int], live: list[int], stream: Hashable = 0) -> None:
+        """Run events as they come: between two of them, whoever makes them may look at what was chosen.
+
+        Like :meth:`replay`, one event a number, but over the caller's own tables, so that a program may go on in a
+        further call and on another stream: ``wants[k]`` is the rounded size of number ``k``, and is set to the bytes it
+        was given; ``live[k]`` is set to its row, which :meth:`where` knows, and to 0 when it is freed.
+
+        Raises:
+            OutOfMemory: An allocation was refused; :attr:`refused` says which.
+        """
+        self._run(events, wants, live, stream)
+
+    def where(self, row: int) -> tuple[int, int]:
+        """Address and bytes of a row of ``live`` (zeros for row 0)."""
+        return self._address[row], self._size[row]
+
+    def row_at(self, address: int) -> int:
+        """The row of the block handed out at ``address`` by :meth:`malloc` or :meth:`adopt`; 0 if there is none."""
+        return self._at.get(address, 0)
+
+    def keep(self, stream: Hashable) -> None:
+        """Give nothing of ``stream`` back from now on: what a CUDA graph's pool does while the graph lives."""
+        self._kept |= {self._pool(stream, True).index, self._pool(stream, False).index}
+
     def empty_cache(self) -> None:
         """Give every wholly free segment back, and every wholly free page of an expandable one."""
         for small in (False, True):
             for pool in self._pools:
-                if pool.small == small:
+                if pool.small == small and pool.index not in self._kept:
                     self._release_all(pool)
 
-    def release(self, address: int) -> bool:
-        """Give back the one segment that starts at ``address``; False if there is none that is wholly free."""
+    def release(self, address: int, nbytes: int) -> bool:
+        """Give back the segment of ``nbytes`` that starts at ``address``; False if there is none that is free."""
+        where = self._address.__getitem__
         for pool in self._pools:
-            for block in pool.blocks[:-1]:
-                if self._address[block] == address and self._is_whole_segment(block):
-                    self._release(pool, block)
-                    return True
+            i, stop = bisect_left(pool.sizes, nbytes), bisect_right(pool.sizes, nbytes)
+            i = bisect_left(pool.blocks, address, i, stop, key=where)
+            if i < stop and where(pool.blocks[i]) == address and self._is_whole_segment(pool.blocks[i]):
+                self._release(pool, pool.blocks[i])
+                return True
         return False
 
     def adopt(
@@ -580,7 +619,7 @@ class CachingAllocator:
 
     # ------------------------------------------------------------------------------- the rules that every event meets
 
-    def _run(self, order: Sequence[int], wants: list[int], live: list[int], stream: Hashable) -> int:
+    def _run(self, order: Iterable[int], wants: list[int], live: list[int], stream: Hashable) -> int:
         """Run events (see :meth:`replay`) over ``live``, the row of each number, 0 where it holds none.
 
         ``wants`` are block sizes, already rounded; where a whole larger block was handed out, its size takes the place

@@ -16,38 +16,35 @@ A reference from one event to a tensor born elsewhere is therefore kept relative
 :meth:`Program.unfold` writes it out again at full depth and length.
 
 What a pruner's selection does may depend on the number of tokens in any way (loops over blocks, or over what is kept).
-Where it sees nothing but the visual tokens themselves, it is recorded by itself for each count (:class:`Passage`), and
-the program has a gap there.
+Where it sees nothing but the visual tokens themselves, it is recorded by itself
+(:mod:`memprof.simulator.selection`), and the program has a gap there.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from functools import cached_property
-from math import lcm
 from typing import Any, NamedTuple, Self, cast, overload
 
 import numpy as np
 import numpy.typing as npt
 
-from memprof.simulator.cards import RULES
 from memprof.simulator.reach import Reach
-from memprof.simulator.replay import Timeline
-from memprof.simulator.trace import ITEM_BYTES, Trace, bytes_of
-
-Ints = npt.NDArray[np.int64]
+from memprof.simulator.replay import Stretch, Timeline
+from memprof.simulator.rules import RULES
+from memprof.simulator.selection import Course, Passage
+from memprof.simulator.sizes import AXES, Ints, Irregular, Sizes, Slot, row_of, slot_of
+from memprof.simulator.trace import ITEM_BYTES, Trace
 
 #: Steps at the start that are kept as they are: the prefill, and the first decode step, which still frees its things.
 HEAD_TOKENS = 2
 #: Fewest tokens of a recording whose steps are folded: the head, two steps to compare, and the last one.
 FOLDED_TOKENS = HEAD_TOKENS + 3
-#: Most entries of a shape.
-_AXES = 8
-
-
-class Irregular(Exception):
-    """A recording that does not repeat, or not as another of its kind: trace directly."""
+#: The step of a tensor that no step repeats.
+_APART = -(2**40)
+#: Tokens that are written out at once. What a prompt takes of this machine's memory does not grow beyond them.
+AT_ONCE = 64
 
 
 class Ref(NamedTuple):
@@ -82,54 +79,6 @@ class Recording:
     gaps: list[tuple[int, int]] = field(default_factory=list)
     head_layers: int = 2
     prefix: str = ""
-
-
-@dataclass(frozen=True)
-class Passage:
-    """What one selection did, by itself.
-
-    Attributes:
-        events: Births and deaths; tensors numbered by birth inside.
-        survivors: The numbers of those that outlive it.
-        nbytes, parts, sites, shapes, dtypes: As in a trace.
-    """
-
-    events: tuple[int, ...]
-    survivors: tuple[int, ...]
-    nbytes: tuple[int, ...]
-    parts: tuple[str, ...]
-    sites: tuple[tuple[str, str], ...]
-    shapes: tuple[tuple[int, ...], ...]
-    dtypes: tuple[str, ...]
-
-    @classmethod
-    def of(cls, trace: Trace, start: int, stop: int) -> Passage:
-        """The events from ``start`` to ``stop``; raises Irregular if they end a tensor born before."""
-        born = [event for event in trace.events[start:stop] if event >= 0]
-        number = {slot: i for i, slot in enumerate(born)}
-        ended = [~event for event in trace.events[start:stop] if event < 0]
-        if any(slot not in number for slot in ended):
-            raise Irregular("a selection frees what it was given")
-        return cls(
-            tuple(number[e] if e >= 0 else ~number[~e] for e in trace.events[start:stop]),
-            tuple(number[slot] for slot in born if slot not in set(ended)),
-            tuple(trace.nbytes[slot] for slot in born),
-            tuple(trace.parts[slot] for slot in born),
-            tuple(trace.sites[slot] for slot in born),
-            tuple(trace.shapes[slot] for slot in born),
-            tuple(trace.dtypes[slot] for slot in born),
-        )
-
-
-class Slot(NamedTuple):
-    """What a tensor of the program is, whatever its size. ``plain``: its bytes follow from its shape."""
-
-    part: str
-    module: str
-    op: str
-    dtype: str
-    rank: int
-    plain: bool
 
 
 #: A segment's events: None for a birth, the ordinal of a gap, or what ends.
@@ -235,7 +184,7 @@ def fold(recording: Recording, *, fold_layers: bool) -> Folded:
     if len(structure.phases) != len(flat.phases):
         raise Irregular("a phase begins in a step that repeats")
     rows = [s for source in places.values() for s in flat.births[source]]
-    dims = np.array([flat.dims(s) for s in rows], dtype=np.int64).reshape(-1, _AXES)
+    dims = np.array([flat.dims(s) for s in rows], dtype=np.int64).reshape(-1, AXES)
     growth = np.zeros_like(dims)
     if fold_tokens:
         for layer, source in enumerate(kept_layers):
@@ -317,18 +266,12 @@ class _Flat:
         return Ref(token_by, token_number, layer_by, layer_number, index)
 
     def dims(self, slot: int) -> Ints:
-        """A tensor's shape, ``(axes,)``; the first entry behind it is its bytes where they do not follow from it."""
-        shape = self.trace.shapes[slot]
-        if len(shape) >= _AXES:
-            raise Irregular(f"a tensor has {len(shape)} axes")
-        plain = self.slot(slot).plain
-        return np.array([*shape, *([] if plain else [self.trace.nbytes[slot]])] + [1] * _AXES, dtype=np.int64)[:_AXES]
+        """A tensor's shape, ``(axes,)``."""
+        return row_of(self.trace, slot)
 
     def slot(self, slot: int) -> Slot:
         """What a tensor is, whatever its size."""
-        t = self.trace
-        plain = bytes_of(t.sites[slot][1], t.shapes[slot], t.dtypes[slot]) == t.nbytes[slot]
-        return Slot(t.parts[slot], *t.sites[slot], t.dtypes[slot], len(t.shapes[slot]), plain)
+        return slot_of(self.trace, slot)
 
     def same(self, one: Place, other: Place, *, growth: bool) -> None:
         """Whether two segments are alike; raises Irregular if not. With ``growth``, shapes grow as a step before."""
@@ -366,16 +309,17 @@ class Program:
 
     Attributes:
         structure: None before the first recording.
-        reach: Which shapes it answers for.
-        passages: What fills its gaps, by visual tokens before and after the selection.
+        sizes: Shapes and what a further step adds to them: tables ``(2, tensors, axes)``.
     """
 
     def __init__(self) -> None:
         self.structure: Structure | None = None
-        self.reach = Reach()
-        self.passages: dict[tuple[int, ...], Passage] = {}
-        self._dims: list[Ints] = []
-        self._growth: list[Ints] = []
+        self.sizes = Sizes()
+
+    @property
+    def reach(self) -> Reach:
+        """Which shapes it answers for."""
+        return self.sizes.reach
 
     def add(self, lengths: Sequence[int], folded: Folded) -> None:
         """Take a recording in: as one more point to combine from, or as a test of what the others say.
@@ -387,35 +331,15 @@ class Program:
             self.structure = folded.structure
         elif self.structure != folded.structure:
             raise Irregular("two recordings have different events")
-        if self.reach.add(lengths):
-            self._dims.append(folded.dims)
-            self._growth.append(folded.growth)
-        else:
-            dims, growth = self._combine(lengths)
-            if (dims != folded.dims).any() or (growth != folded.growth).any():
-                raise Irregular(f"the program is wrong about {tuple(lengths)}")
+        self.sizes.add(lengths, np.stack((folded.dims, folded.growth)))
 
-    def _combine(self, lengths: Sequence[int]) -> tuple[Ints, Ints]:
-        weights = self.reach.span.weights(lengths)
-        if weights is None:
-            raise Irregular(f"{tuple(lengths)} is no combination of what was recorded")
-        scale = lcm(*(w.denominator for w in weights))
-        whole = np.array([int(w * scale) for w in weights], dtype=np.int64)
-        both = []
-        for stack in (self._dims, self._growth):
-            total = np.tensordot(whole, np.stack(stack), axes=1)
-            if (total % scale).any():
-                raise Irregular(f"{tuple(lengths)} gives lengths that are no whole numbers")
-            both.append(total // scale)
-        return both[0], both[1]
-
-    def unfold(self, depth: int, tokens: int, passages: Sequence[tuple[int, ...]] = ()) -> Unfolded:
+    def unfold(self, depth: int, tokens: int, courses: Sequence[Course] = (), at_once: int | None = None) -> Unfolded:
         """The program written out for ``depth`` layers and ``tokens`` new tokens.
 
-        ``passages`` name the selection that fills each gap.
+        ``courses``: what happens in each gap; ``at_once`` tokens make a stretch (:data:`AT_ONCE`).
         """
         assert self.structure is not None
-        return Unfolded(self, self.structure, depth, tokens, [self.passages[key] for key in passages])
+        return Unfolded(self.sizes, self.structure, depth, tokens, courses, at_once or AT_ONCE)
 
     # -- on disk -------------------------------------------------------------------------------------------------------
 
@@ -434,8 +358,8 @@ class Program:
                 [*place, s.steps[place], [number[slot] for slot in s.slots[place]]] for place in s.steps
             ],
             "points": self.reach.span.vectors, "seen": self.reach.seen,
-            "dims": [one.tolist() for one in self._dims], "growth": [one.tolist() for one in self._growth],
-            "passages": [[key, *vars(p).values()] for key, p in self.passages.items()],
+            "dims": [dims.tolist() for dims, _ in self.sizes.tables],
+            "growth": [growth.tolist() for _, growth in self.sizes.tables],
         }  # fmt: skip
 
     @classmethod
@@ -453,179 +377,288 @@ class Program:
             },
             slots={(t, layer): tuple(kinds[i] for i in numbers) for t, layer, _, numbers in data["segments"]},
         )  # fmt: skip
-        program.reach = Reach.of(data["points"], data["seen"])
-        shape = (len(program.structure.all_slots), _AXES)
-        program._dims = [np.array(one, dtype=np.int64).reshape(shape) for one in data["dims"]]
-        program._growth = [np.array(one, dtype=np.int64).reshape(shape) for one in data["growth"]]
-        if not len(program._dims) == len(program._growth) == len(program.reach.span.vectors):
+        program.sizes.reach = Reach.of(data["points"], data["seen"])
+        shape = (2, len(program.structure.all_slots), AXES)
+        both = zip(data["dims"], data["growth"], strict=True)
+        program.sizes.tables = [np.array(table, dtype=np.int64).reshape(shape) for table in both]
+        if len(program.sizes.tables) != len(program.reach.span.vectors):
             raise ValueError("points and shapes do not match")
-        for key, events, survivors, nbytes, parts, sites, shapes, dtypes in data["passages"]:
-            program.passages[tuple(key)] = Passage(
-                tuple(events), tuple(survivors), tuple(nbytes), tuple(parts), tuple((m, op) for m, op in sites),
-                tuple(tuple(shape) for shape in shapes), tuple(dtypes),
-            )  # fmt: skip
         return program
 
 
-class Unfolded:
-    """A program at its true depth and length, for one way of filling its gaps: every trace of it differs in sizes only.
+class Name(NamedTuple):
+    """A tensor of the program, whatever its slot: number ``birth`` of the births in its segment.
 
-    Attributes:
-        timeline: The order of events, shared by all its traces.
+    ``token`` counts from the start in the head, and else (``later``) from the first token of a stretch.
     """
 
-    def __init__(
-        self, program: Program, structure: Structure, depth: int, tokens: int, passages: Sequence[Passage]
-    ) -> None:
-        self.program, self._structure, self._passages = program, structure, passages
-        self._depth, self._tokens = depth, tokens
-        self._trace = Trace()
-        self._rows: list[int] = []  # row of the folded tables each slot's shape is in; ~i for number i of _fixed
-        self._times: list[int] = []  # steps since the one that row stands for
-        self._fixed: list[tuple[int, tuple[int, ...]]] = []  # bytes and shapes of the selections' tensors
-        self.timeline = Timeline(self._trace, self._write())
-        rows, times = np.array(self._rows), np.array(self._times)
-        self._own = rows >= 0
-        pairs = rows[self._own] * (tokens + 1) + times[self._own]
-        unique, self._place = np.unique(pairs, return_inverse=True)
-        self._unique = unique // (tokens + 1), unique % (tokens + 1)
-        kinds = [structure.all_slots[row] for row in self._unique[0].tolist()]
-        self._item = np.array([ITEM_BYTES.get(kind.dtype, 1) if kind.plain else 0 for kind in kinds], dtype=np.int64)
-        self._ruled = [(i, kind) for i, kind in enumerate(kinds) if kind.plain and kind.op in RULES]
-        self._rank = np.array([kind.rank for kind in kinds], dtype=np.int64)
-        self._base = np.array([0 if row >= 0 else self._fixed[~row][0] for row in self._rows], dtype=np.int64)
+    later: bool
+    token: int
+    layer: int
+    birth: int
 
-    def trace(self, lengths: Sequence[int]) -> Trace:
-        """The trace of one shape.
+
+class Unfolded:
+    """A program at its true depth and length, for one course of its gaps: every trace of it differs in sizes only.
+
+    It is written out some tokens at a time. All stretches that neither begin nor end it are alike: they are written
+    once, and differ in their sizes as steps do.
+    """
+
+    #: How many stretches are kept; they would differ from each other only where something is never freed.
+    _MOST = 8
+
+    def __init__(
+        self, sizes: Sizes, structure: Structure, depth: int, tokens: int, courses: Sequence[Course], at_once: int
+    ) -> None:
+        self.sizes, self.structure, self.courses = sizes, structure, courses
+        self.depth, self.tokens, self._at_once = depth, tokens, at_once
+        self._kept: dict[tuple[int, int, tuple[Name, ...]], _Written] = {}
+
+    def trace(self, lengths: Sequence[int], passages: Sequence[Passage] = ()) -> Trace:
+        """The trace of one shape, of at most :data:`AT_ONCE` tokens, its gaps filled with ``passages`` of its courses.
 
         Raises:
             Irregular: The shape is no combination of those recorded, or gives no whole lengths.
         """
-        dims, growth = self.program._combine(lengths)
-        rows, times = self._unique
-        shapes = dims[rows] + times[:, None] * growth[rows]
-        plain = self._item * np.prod(shapes, axis=1)
-        sizes = np.where(self._item > 0, plain, shapes[np.arange(len(rows)), np.minimum(self._rank, _AXES - 1)])
-        for i, kind in self._ruled:
-            sizes[i] = RULES[kind.op](shapes[i, : kind.rank].tolist())
-        nbytes = self._base.copy()
+        [(trace, _)] = self.stretches(lengths, passages)
+        return trace
+
+    def stretches(self, lengths: Sequence[int], passages: Sequence[Passage] = ()) -> Iterator[Stretch]:
+        """The trace of one shape, stretch after stretch; raises as :meth:`trace` does."""
+        dims, growth = self.sizes.at(lengths)
+        for begin, written in self._stretches():
+            yield written.trace(dims, growth, begin, passages), written.timeline
+
+    def caches(self, lengths: Sequence[int]) -> tuple[list[list[Cached]], list[int]]:
+        """Tensors of each layer's KV cache after the first token, and bytes of the whole cache after each token."""
+        layers, totals = dict[str, list[Cached]](), list[int]()
+        dims, growth = self.sizes.at(lengths)
+        for begin, written in self._stretches():
+            held, marks = written.caches
+            shapes, nbytes = written.of(held, dims, growth, begin)
+            for mark in marks:
+                totals.append(int(nbytes[mark].sum()))
+            if not begin:
+                for i in np.nonzero(marks[0])[0].tolist() if len(marks) else []:
+                    module = written.order.sites[int(held[i])][0]
+                    layers.setdefault(module, []).append(Cached(shapes(i), int(nbytes[i])))
+        return list(layers.values()), totals
+
+    def _stretches(self) -> Iterator[tuple[int, _Written]]:
+        """Each stretch with its first token."""
+        before: _Written | None = None
+        for begin in range(0, self.tokens, self._at_once):
+            stop = min(begin + self._at_once, self.tokens)
+            inside = begin > HEAD_TOKENS and stop < self.tokens
+            key = (-1 if inside else begin, stop - begin, before.left if before is not None else ())
+            if key not in self._kept:
+                if len(self._kept) >= self._MOST:
+                    self._kept.clear()
+                self._kept[key] = _Written(self, begin, stop, before)
+            before = self._kept[key]
+            yield begin, before
+
+
+class Cached(NamedTuple):
+    """A tensor of a KV cache: its shape, and the bytes asked for."""
+
+    shape: tuple[int, ...]
+    nbytes: int
+
+
+class _Written:
+    """Some tokens of a program, written out.
+
+    Attributes:
+        order: Their trace without sizes.
+        timeline: Its order of events, shared by all traces.
+        left: What is held when they are done, by birth; ``later`` ones counted from the token that comes then.
+    """
+
+    def __init__(self, whole: Unfolded, begin: int, stop: int, before: _Written | None) -> None:
+        self._whole, self._structure, self._begin = whole, whole.structure, begin
+        self.order = Trace()
+        self._rows: list[int] = []  # row of the folded tables each slot's shape is in; ~i for number i of _fixed
+        self._steps: list[int] = []  # token, counted from the first one here, of a step that repeats; else _APART
+        self._fixed: list[tuple[int, int]] = []  # gap, and number in it, of the selections' tensors
+        self._slots: dict[Name, int] = {}  # what is held, by birth
+        if before is not None:
+            self._take_over(before)
+        self.timeline = Timeline(self.order, self._write(stop))
+        self.left = tuple(n._replace(token=n.token - (stop - begin)) if n.later else n for n in self._slots)
+        self._live = list(self._slots.values())
+        rows, steps = np.array(self._rows, dtype=np.int64), np.array(self._steps, dtype=np.int64)
+        self._own = rows >= 0
+        pairs = np.stack((rows[self._own], steps[self._own]), axis=1)
+        unique, place = np.unique(pairs, axis=0, return_inverse=True)
+        self._place = place.reshape(-1)
+        self._unique = unique[:, 0], unique[:, 1]
+        self._nth = np.cumsum(self._own) - 1
+        self._kinds = kinds = [self._structure.all_slots[row] for row in unique[:, 0].tolist()]
+        self._item = np.array([ITEM_BYTES.get(kind.dtype, 1) if kind.plain else 0 for kind in kinds], dtype=np.int64)
+        self._rank = np.array([kind.rank for kind in kinds], dtype=np.int64)
+
+    # -- sizes ---------------------------------------------------------------------------------------------------------
+
+    def trace(self, dims: Ints, growth: Ints, begin: int, passages: Sequence[Passage]) -> Trace:
+        """The trace, given shapes and what a step adds to them, where token ``begin`` is the first."""
+        shapes, sizes = self._sizes(dims, growth, begin, np.arange(len(self._kinds)))
+        nbytes = np.empty(len(self._own), dtype=np.int64)
         nbytes[self._own] = sizes[self._place]
-        own = np.cumsum(self._own) - 1
-        t = self._trace
-        return Trace(
-            t.events,
-            nbytes.tolist(),
-            t.parts,
-            t.sites,
-            cast("list[tuple[int, ...]]", _Shapes(self, shapes, own)),
-            t.dtypes,
-            t.marks,
-            t.phases,
-        )
+        nbytes[~self._own] = [passages[gap].nbytes[number] for gap, number in self._fixed]
+        lazy = cast("list[tuple[int, ...]]", _Shapes(self, shapes, passages))
+        return replace(self.order, nbytes=nbytes.tolist(), shapes=lazy)
+
+    def of(
+        self, slots: Ints, dims: Ints, growth: Ints, begin: int
+    ) -> tuple[Callable[[int], tuple[int, ...]], Ints]:
+        """Shapes, by their place in ``slots``, and bytes of some of the slots alone; none of them a selection's."""
+        which = self._place[self._nth[slots]]
+        shapes, sizes = self._sizes(dims, growth, begin, which)
+        return lambda i: tuple(shapes[i, : self._rank[which[i]]].tolist()), sizes
+
+    def _sizes(self, dims: Ints, growth: Ints, begin: int, which: Ints) -> tuple[Ints, Ints]:
+        """Shapes and bytes of numbers ``which`` of the distinct tensors."""
+        rows, steps = (one[which] for one in self._unique)
+        times: Ints = np.where(steps == _APART, 0, steps + begin - HEAD_TOKENS)
+        shapes: Ints = dims[rows] + times[:, None] * growth[rows]
+        item = self._item[which]
+        beyond = shapes[np.arange(len(which)), np.minimum(self._rank[which], AXES - 1)]
+        sizes: Ints = np.where(item > 0, item * np.prod(shapes, axis=1), beyond)
+        known = dict[tuple[str, tuple[int, ...]], int]()  # layers are alike: few rules are asked, many times
+        for i, number in enumerate(which.tolist()):
+            kind = self._kinds[number]
+            if kind.plain and kind.op in RULES:
+                key = kind.op, tuple(shapes[i, : kind.rank].tolist())
+                if key not in known:
+                    known[key] = RULES[kind.op](key[1])
+                sizes[i] = known[key]
+        return shapes, sizes
 
     @cached_property
-    def caches(self) -> tuple[list[list[int]], list[list[int]]]:
-        """Slots of the KV cache: each layer's after the first token, and all of them after each token."""
-        trace, line = self._trace, self.timeline
-        own = np.array([part == "kv_cache" for part in trace.parts])
-        marks = [np.nonzero(own & (line.birth < mark) & (line.death >= mark))[0].tolist() for mark in trace.marks]
-        layers: dict[str, list[int]] = {}
-        for slot in marks[0] if marks else []:
-            layers.setdefault(trace.sites[slot][0], []).append(slot)
-        return list(layers.values()), marks
+    def caches(self) -> tuple[Ints, npt.NDArray[np.bool_]]:
+        """Slots of the KV cache, and which of them are held after each token: ``(tokens, slots)``."""
+        line = self.timeline
+        (own,) = np.nonzero(np.array([part == "kv_cache" for part in self.order.parts], dtype=np.bool_))
+        marks = np.array(self.order.marks, dtype=np.int64)[:, None]
+        return own, (line.birth[own] < marks) & (line.death[own] >= marks)
 
     # -- writing out ---------------------------------------------------------------------------------------------------
 
-    def _write(self) -> list[int]:
+    def _take_over(self, before: _Written) -> None:
+        """Begin with what the stretch before left."""
+        order, was = self.order, before.order
+        for name, slot in zip(before.left, before._live, strict=True):
+            self._slots[name] = order.held
+            self._rows.append(before._rows[slot])
+            # Shifted as its name is; one that no step repeats stays as it is.
+            self._steps.append(_APART if before._steps[slot] == _APART else name.token)
+            order.parts.append(was.parts[slot])
+            order.sites.append(was.sites[slot])
+            order.dtypes.append(was.dtypes[slot])
+            order.held += 1
+        order.phases.append((0, was.phases[-1][1] if was.phases else "prefill"))
+
+    def _write(self, stop: int) -> list[int]:
         """Write the trace; returns the number of events at the end of each segment."""
-        trace, joints = self._trace, list[int]()
-        numbers: dict[tuple[int, int], list[int]] = {}  # slots of each segment, by its true token and layer
+        order, joints = self.order, list[int]()
         phases: dict[tuple[Place, int], list[str]] = {}
         for folded, at, name in self._structure.phases:
             phases.setdefault((folded, at), []).append(name)
-        for token in range(self._tokens):
-            folded_token, times = self._folded_token(token)
-            for layer in range(self._depth + 2):
+        for token in range(self._begin, stop):
+            folded_token, repeated = self._folded_token(token)
+            for layer in range(self._whole.depth + 2):
                 place = folded_token, self._folded_layer(layer)
-                slots = numbers[token, layer] = []
-                self._segment(place, token, layer, times, slots, numbers, phases if not times else {})
-                joints.append(len(trace.events))
-            trace.mark()
+                self._segment(place, token, layer, repeated, {} if repeated and token > HEAD_TOKENS else phases)
+                joints.append(len(order.events))
+            order.mark()
         return joints
 
+    def _name(self, token: int, layer: int, birth: int) -> Name:
+        later = token >= HEAD_TOKENS
+        return Name(later, token - self._begin if later else token, layer, birth)
+
     def _segment(
-        self,
-        place: Place,
-        token: int,
-        layer: int,
-        times: int,
-        slots: list[int],
-        numbers: Mapping[tuple[int, int], list[int]],
-        phases: Mapping[tuple[Place, int], list[str]],
+        self, place: Place, token: int, layer: int, repeated: bool, phases: Mapping[tuple[Place, int], list[str]]
     ) -> None:
-        trace, structure = self._trace, self._structure
+        order, structure, depth = self.order, self._structure, self._whole.depth
         kinds, row, steps = structure.slots[place], structure.first_row[place], structure.steps[place]
-        at = 0
+        step_number = token - self._begin if repeated else _APART
+        at = births = 0
         while at < len(steps):
             for name in phases.get((place, at), ()):
-                trace.phase(name)
+                order.phase(name)
             step = steps[at]
             at += 1
             if step is None:
-                slots.append(self._birth(kinds[len(slots)], row + len(slots), layer, place, times))
+                slot = self._birth(kinds[births], row + births, layer, place, step_number)
+                self._slots[self._name(token, layer, births)] = slot
+                births += 1
             elif isinstance(step, int):
-                at += self._fill(self._passages[step], kinds, row, layer, place, slots)
+                for slot in self._fill(step, kinds[births:], row + births, layer, place):
+                    self._slots[self._name(token, layer, births)] = slot
+                    births += 1
+                at += len(self._whole.courses[step].survivors)
             else:
                 home_token = step.token + (token if step.token_by == "+" else 0)
                 home_layer = (
                     step.layer + layer if step.layer_by == "+"
-                    else self._depth + 1 - step.layer if step.layer_by == "-" else step.layer
+                    else depth + 1 - step.layer if step.layer_by == "-" else step.layer
                 )  # fmt: skip
-                trace.death(numbers[home_token, home_layer][step.birth])
+                order.death(self._slots.pop(self._name(home_token, home_layer, step.birth)))
         for name in phases.get((place, at), ()):
-            trace.phase(name)
+            order.phase(name)
 
-    def _birth(self, kind: Slot, row: int, layer: int, place: Place, times: int) -> int:
+    def _birth(self, kind: Slot, row: int, layer: int, place: Place, step: int) -> int:
         module = kind.module
-        if self._structure.folded_layers and 1 <= layer <= self._depth:
+        if self._structure.folded_layers and 1 <= layer <= self._whole.depth:
             module = _rename(module, self._structure.prefix, self._traced_layer(place[1]), layer - 1)
         self._rows.append(row)
-        self._times.append(times)
-        return self._trace.birth(0, kind.part, (module, kind.op), (), kind.dtype)
+        self._steps.append(step)
+        return self._born(kind.part, (module, kind.op), kind.dtype)
 
-    def _fill(
-        self, passage: Passage, kinds: Sequence[Slot], row: int, layer: int, place: Place, slots: list[int]
-    ) -> int:
-        """Write a selection into its gap; returns how many births of the program it stands for."""
-        numbers: dict[int, int] = {}
-        for event in passage.events:
+    def _born(self, part: str, site: tuple[str, str], dtype: str) -> int:
+        """A birth whose size is not known here."""
+        order, slot = self.order, len(self.order.parts)
+        order.parts.append(part)
+        order.sites.append(site)
+        order.dtypes.append(dtype)
+        order.events.append(slot)
+        return slot
+
+    def _fill(self, gap: int, kinds: Sequence[Slot], row: int, layer: int, place: Place) -> list[int]:
+        """Write a selection into its gap; returns the slots of what outlives it."""
+        course, numbers = self._whole.courses[gap], dict[int, int]()
+        survivors = list[int]()
+        for event in course.events:
             if event < 0:
-                self._trace.death(numbers[~event])
-            elif event in passage.survivors:
-                numbers[event] = self._birth(kinds[len(slots)], row + len(slots), layer, place, 0)
-                slots.append(numbers[event])
+                self.order.death(numbers[~event])
+            elif event in course.survivors:
+                count = len(survivors)
+                numbers[event] = self._birth(kinds[count], row + count, layer, place, _APART)
+                survivors.append(numbers[event])
             else:
-                numbers[event] = self._trace.birth(
-                    0, passage.parts[event], passage.sites[event], (), passage.dtypes[event]
-                )
+                own = course.slots[event]
+                numbers[event] = self._born(own.part, (own.module, own.op), own.dtype)
                 self._rows.append(~len(self._fixed))
-                self._times.append(0)
-                self._fixed.append((passage.nbytes[event], passage.shapes[event]))
-        return len(passage.survivors)
+                self._steps.append(_APART)
+                self._fixed.append((gap, event))
+        return survivors
 
-    def _folded_token(self, token: int) -> tuple[int, int]:
-        """The folded token that stands for ``token``, and the steps between the two."""
+    def _folded_token(self, token: int) -> tuple[int, bool]:
+        """The folded token that stands for ``token``, and whether as a step that repeats."""
         s = self._structure
         if not s.folded_tokens or token < HEAD_TOKENS:
-            return token, 0
-        return (s.tokens - 1, 0) if token == self._tokens - 1 else (HEAD_TOKENS, token - HEAD_TOKENS)
+            return token, False
+        return (s.tokens - 1, False) if token == self._whole.tokens - 1 else (HEAD_TOKENS, True)
 
     def _folded_layer(self, layer: int) -> int:
         """The folded layer that stands for ``layer`` (0: before the layers, depth + 1: behind them)."""
-        s = self._structure
+        s, depth = self._structure, self._whole.depth
         if not s.folded_layers or layer <= s.head_layers:
             return layer
-        return s.depth - (self._depth - layer) if layer >= self._depth else s.head_layers + 1
+        return s.depth - (depth - layer) if layer >= depth else s.head_layers + 1
 
     def _traced_layer(self, folded: int) -> int:
         """Number, in the recording, of the layer in place ``folded`` (from 1)."""
@@ -636,11 +669,11 @@ class Unfolded:
 class _Shapes(Sequence[tuple[int, ...]]):
     """Shapes of a trace's slots, made when asked for."""
 
-    def __init__(self, unfolded: Unfolded, shapes: Ints, own: Ints) -> None:
-        self._unfolded, self._shapes, self._own = unfolded, shapes, own
+    def __init__(self, written: _Written, shapes: Ints, passages: Sequence[Passage]) -> None:
+        self._written, self._shapes, self._passages = written, shapes, passages
 
     def __len__(self) -> int:
-        return len(self._unfolded._rows)
+        return len(self._written._rows)
 
     @overload
     def __getitem__(self, index: int) -> tuple[int, ...]: ...
@@ -649,12 +682,13 @@ class _Shapes(Sequence[tuple[int, ...]]):
     def __getitem__(self, index: int | slice) -> tuple[int, ...] | list[tuple[int, ...]]:
         if isinstance(index, slice):
             return [self[i] for i in range(*index.indices(len(self)))]
-        u = self._unfolded
-        row = u._rows[index]
+        w = self._written
+        row = w._rows[index]
         if row < 0:
-            return u._fixed[~row][1]
-        place = u._place[self._own[index]]
-        return tuple(self._shapes[place, : u._rank[place]].tolist())
+            gap, number = w._fixed[~row]
+            return self._passages[gap].shapes[number]
+        place = w._place[w._nth[index]]
+        return tuple(self._shapes[place, : w._rank[place]].tolist())
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, Iterable) and list(self) == list(other)

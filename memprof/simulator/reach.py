@@ -47,8 +47,9 @@ class Span:
 class Reach:
     """Which shapes recordings answer for.
 
-    Shapes are vectors of lengths; the last entry is the number of new tokens. A shape is answered for if it is a
-    combination of those recorded, and a recording that combinations do not need has put them to the test. Where that
+    Shapes are vectors of lengths; the last entry is the number of new tokens. A shape is answered for if it was itself
+    recorded, or if it is a combination of those recorded, and a recording that combinations do not need has put them to
+    the test. Where that
     was a recording of other tokens alone, only prompts that were recorded are answered for; where it was one of
     another prompt, all that lie between the least and the greatest recorded in every length.
 
@@ -101,7 +102,9 @@ class Reach:
         return total
 
     def covers(self, lengths: Sequence[int]) -> bool:
-        """Whether a shape is answered for."""
+        """Whether a shape is answered for; one that was itself recorded, number of tokens and all, needs no test."""
+        if tuple(lengths) in self.seen:
+            return True
         if not self.tested or self.span.weights(lengths) is None:
             return False
         return self.met(lengths) or (len(self._met) > len(self._prompts.vectors) and not self.excess(lengths))

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from math import prod
 
-from memprof.simulator.cards import RULES
+from memprof.simulator.rules import RULES
 
 #: Bytes of one entry of each dtype.
 ITEM_BYTES = {
@@ -42,6 +42,9 @@ class Trace:
         dtypes: Its dtype, without ``torch.``.
         marks: For each token, the number of events when it was done.
         phases: ``(number of events, name)`` at each change of phase.
+        lines: The line of code behind a slot, where it was noted.
+        held: How many slots, the first ones, were born before the first event: those that a stretch of a longer trace
+            finds.
     """
 
     events: list[int] = field(default_factory=list)
@@ -52,6 +55,8 @@ class Trace:
     dtypes: list[str] = field(default_factory=list)
     marks: list[int] = field(default_factory=list)
     phases: list[tuple[int, str]] = field(default_factory=list)
+    lines: dict[int, str] = field(default_factory=dict)
+    held: int = 0
 
     def birth(
         self, nbytes: int, part: str, site: tuple[str, str], shape: tuple[int, ...] = (), dtype: str = "uint8"
@@ -89,7 +94,7 @@ class Trace:
 
     def live_after(self, count: int) -> list[int]:
         """Slots alive after the first ``count`` events, in order of birth."""
-        live: dict[int, None] = {}
+        live: dict[int, None] = dict.fromkeys(range(self.held))
         for event in self.events[:count]:
             if event >= 0:
                 live[event] = None

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from memprof.errors import BadValue, DataError
+from memprof.errors import BadRow, BadValue, DataError
 from memprof.plugins import Registry
 from memprof.tasks import _sources
 from memprof.tasks._pictures import Picture
@@ -37,6 +37,8 @@ class Sample:
         answers: The answers that count; empty where nothing can be scored.
         category: The data set's category, or None.
         picture: Where the picture comes from; use :meth:`image`.
+        others: Pictures shown behind it in the same prompt.
+        batch: Prompts like this one that run side by side.
     """
 
     id: str
@@ -47,6 +49,17 @@ class Sample:
     answers: tuple[str, ...]
     category: str | None
     picture: Picture = field(repr=False, compare=False)
+    others: tuple[Picture, ...] = field(default=(), repr=False, compare=False)
+    batch: int = 1
+
+    @property
+    def pictures(self) -> tuple[Picture, ...]:
+        """All pictures of the prompt, in order."""
+        return self.picture, *self.others
+
+    def sizes(self) -> list[tuple[int, int]]:
+        """Width and height of each picture in pixels; 0 and 0 of one whose header cannot be read."""
+        return [(self.width, self.height), *(picture.size() for picture in self.others)]
 
     def image(self) -> Image:
         """The picture in RGB, decoded or drawn at every call.
@@ -94,6 +107,12 @@ class Task(ABC):
         """Tokens of the prompt body where the bundled row says so, else None."""
         return row.get("text_tokens")
 
+    def usual_text_tokens(self) -> int:
+        """Tokens of a question where nobody counted: the mean of the bundled ones, rounded up."""
+        rows = _sources.bundled(self.name)["samples"]
+        counts = [count for row in rows if (count := self.text_tokens(row)) is not None]
+        return -(-sum(counts) // len(counts))
+
     @property
     def name(self) -> str:
         """The name by which ``TASKS`` finds it."""
@@ -108,8 +127,8 @@ class Task(ABC):
             limit: How many at most, or None for all.
 
         Raises:
-            DataError: The data cannot be read. The first row is looked at here, so a wrong file shows before a model
-                is loaded. A broken picture is no such error: its sample is there, and its ``image()`` raises.
+            DataError: The data cannot be read. Rows are looked at here until one is sound, so a wrong file shows before
+                a model is loaded. A broken picture is no such error: its sample is there, and its ``image()`` raises.
             BadValue: ``limit`` is below 1, or the task has no data set on the hub.
         """
         if limit is not None and limit < 1:
@@ -118,7 +137,7 @@ class Task(ABC):
         if _is_shapes(data):
             make = _shape
         samples = _sources.Lazy(len(rows), lambda index: make(rows[index]))
-        samples[0]
+        _first_that_can_be_read(samples)
         return samples
 
     def label(self, data: str = "bundled") -> str:
@@ -129,6 +148,8 @@ class Task(ABC):
         if data == "hub":
             return f"{self.title} ({', '.join(self._hub())})"
         name = Path(data).name or data
+        if _is_shapes(data) and not data.lower().endswith(".csv"):
+            return f"pictures in {name}"
         return f"shapes from {name}" if _is_shapes(data) else f"{self.title} ({name})"
 
     def aggregate(self, scores: Iterable[tuple[str | None, float]]) -> dict[str, Any]:
@@ -160,22 +181,45 @@ class Task(ABC):
 
     def _sample(self, row: _sources.Row) -> Sample:
         try:
+            if not isinstance(given := row.values.get("question", ""), str):
+                raise ValueError(f"the question is {given!r:.60} and no text")
             question, answers = self.prompt(row.values), self.answers(row.values)
             category, tokens = self.category(row.values), self.text_tokens(row.values)
+            category, tokens = None if category is None else str(category), _tokens(tokens)
         except KeyError as error:
-            raise DataError(f"{row.where}: no column {error.args[0]!r}; it has {', '.join(row.values)}") from None
-        except ValueError as error:
-            raise DataError(f"{row.where}: {error}") from None
-        return Sample(row.id, *row.picture.size(), question, tokens, answers, category, row.picture)
+            raise BadRow(f"{row.where}: no column {error.args[0]!r}; it has {', '.join(row.values)}", row.id) from None
+        except (ValueError, TypeError, AttributeError, IndexError) as error:  # what a null in a row comes to
+            raise BadRow(f"{row.where}: {error}", row.id) from None
+        return Sample(row.id, *row.picture.size(), question, tokens, answers, category, row.picture, row.others)
+
+
+def _tokens(count: Any) -> int | None:
+    """A row's own count of tokens, checked; None where it has none."""
+    if count is not None and (type(count) is not int or not 0 <= count <= _sources.MOST_TOKENS):
+        raise ValueError(f"text_tokens is {count!r:.40}, and not a whole number from 0 to {_sources.MOST_TOKENS}")
+    return count
 
 
 def _shape(row: _sources.Row) -> Sample:
     """A sample that is a shape and no more."""
-    return Sample(row.id, *row.picture.size(), "", row.values["text_tokens"], (), None, row.picture)
+    tokens, batch = row.values["text_tokens"], row.values.get("batch", 1)
+    return Sample(row.id, *row.picture.size(), "", tokens, (), None, row.picture, row.others, batch)
 
 
 def _is_shapes(data: str) -> bool:
-    return data.lower().endswith(".csv")
+    return data.lower().endswith(".csv") or bool(data not in ("bundled", "hub") and _sources.pictures_in(Path(data)))
+
+
+def _first_that_can_be_read(samples: Sequence[Sample]) -> Sample:
+    """The first sound sample; the first one's error where there is none among all of them."""
+    first: DataError | None = None
+    for number in range(len(samples)):
+        try:
+            return samples[number]
+        except DataError as error:
+            first = first or error
+    assert first is not None
+    raise first
 
 
 def _mean(values: Sequence[float]) -> float | None:

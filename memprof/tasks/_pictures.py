@@ -6,11 +6,15 @@ Nothing here decodes or draws before :meth:`image` is called; Pillow is imported
 from __future__ import annotations
 
 import io
+import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
 from memprof.errors import DataError
+
+#: What is opened: formats that Pillow decodes itself. Others, such as EPS, start another program.
+FORMATS = ("AVIF", "BMP", "DIB", "GIF", "ICO", "JPEG", "JPEG2000", "MPO", "PCX", "PNG", "PPM", "TGA", "TIFF", "WEBP")
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -47,25 +51,63 @@ class Encoded:
 
     def image(self) -> Image:
         """The decoded picture in RGB."""
-        opened = self._open()
+        picture = self._open()
         try:
-            return opened.convert("RGB")
+            return in_rgb(picture)
         except Exception as error:  # decoders raise almost anything on broken input
             raise self._broken(error) from None
 
     def _open(self) -> Image:
-        from PIL import Image
-
         try:
-            return Image.open(io.BytesIO(self.read()))
+            return opened(self.read())
         except DataError:
             raise
         except Exception as error:
             raise self._broken(error) from None
 
     def _broken(self, error: Exception) -> DataError:
-        reason = "not a picture Pillow knows" if type(error).__name__ == "UnidentifiedImageError" else str(error)
-        return DataError(f"{self.where}: the image cannot be read: {reason}")
+        return DataError(f"{self.where}: the image cannot be read: {reason(error)}")
+
+
+def opened(encoded: bytes) -> Image:
+    """The picture in these bytes, its header read and no pixel: in a format of :data:`FORMATS`, of bounded size.
+
+    Raises:
+        Exception: Whatever its decoder raises on broken input, and Pillow where it is too large.
+    """
+    from PIL import Image
+
+    Image.init()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", Image.DecompressionBombWarning)
+        return Image.open(io.BytesIO(encoded), formats=[name for name in FORMATS if name in Image.OPEN])
+
+
+def in_rgb(picture: Image) -> Image:
+    """``picture`` in RGB, 8 bits a channel; grey values of 16 bits are scaled to 8, where Pillow would clip them."""
+    import numpy as np
+    from PIL import Image
+
+    if picture.mode == "I" or picture.mode.startswith("I;16"):
+        grey = np.asarray(picture)
+        if picture.mode != "I" or (grey.size and grey.max() > 255):
+            grey = np.minimum(grey, 65535) // 257
+        picture = Image.fromarray(np.maximum(grey, 0).astype(np.uint8))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # of a palette's transparency
+        return picture.convert("RGB")
+
+
+def reason(error: Exception) -> str:
+    """Why a picture cannot be read, on one line."""
+    kind = type(error).__name__
+    if kind == "UnidentifiedImageError":
+        return f"not a picture Pillow knows in a format that memprof opens ({', '.join(FORMATS)})"
+    if kind.startswith("DecompressionBomb"):
+        from PIL import Image
+
+        return f"it has more pixels than the {Image.MAX_IMAGE_PIXELS} that are safe to decode"
+    return " ".join(str(error).split()) or kind
 
 
 @dataclass(frozen=True)

@@ -6,8 +6,10 @@ form               columns
 bundled            ``<task>.json`` beside this file, written by ``scripts/make_bundled.py``
 hub, ``.parquet``  those of the hub's data set; ``image`` is a struct with ``bytes``, or bytes
 ``.tsv``           VLMEvalKit's: ``index, image`` (base64, or the index of the row that has it) and the task's own
-``.jsonl``         ``image`` (a path, relative to the file) and the task's own; ``id`` optional
-``.csv``           shapes only: ``width, height, text_tokens``; ``id`` optional
+``.jsonl``         ``image`` (a path, relative to the file, or a list of them) and the task's own; ``id`` optional
+a folder           of pictures and nothing else: sizes only
+``.csv``           shapes only: ``width, height, text_tokens``; ``id``, ``images`` (how many of that size) and
+                   ``batch`` (prompts side by side) optional
 =================  =============================================================================================
 
 ``datasets`` and ``pyarrow`` are imported inside the functions that need them.
@@ -31,24 +33,33 @@ from pathlib import Path
 from typing import Any, TypeVar, overload
 
 from memprof.errors import DataError
+from memprof.files import kind_of, read_bytes
 from memprof.tasks._pictures import Drawn, Encoded, Picture
 
 T = TypeVar("T")
 
+#: Suffixes of pictures in a folder that has no list of them.
+PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff")
 SHAPE_COLUMNS = ("width", "height", "text_tokens")
 #: VLMEvalKit: an image field of at most this many characters is the index of the row that holds the image.
 _REFERENCE_CHARS = 64
 _IMAGE = "image"
+#: No encoded picture has more bytes.
+MOST_BYTES = 2**29
+#: What a row may ask for: beyond it lies a slip of the pen, and no model.
+MOST_TOKENS, MOST_PIXELS = 1_000_000, 1_000_000
+MOST_IMAGES, MOST_BATCH = 1_000, 10_000
 
 
 @dataclass(frozen=True)
 class Row:
-    """One row: its columns (the image apart), its picture, and how messages name it."""
+    """One row: its columns (the image apart), its picture, how messages name it, and the pictures behind the first."""
 
     id: str
     values: Mapping[str, Any]
     picture: Picture
     where: str
+    others: tuple[Picture, ...] = ()
 
 
 class Lazy(Sequence[T]):
@@ -78,7 +89,7 @@ def read_path(path: Path, limit: int | None) -> Sequence[Row]:
     if not path.exists():
         raise DataError(f"no file or folder {str(path)!r}; --data takes bundled, hub, or a path")
     if path.is_dir():
-        lists = sorted(path.glob("*.jsonl"))
+        lists = [found for found in sorted(path.glob("*.jsonl")) if found.is_file()]
         if len(lists) == 1:
             return read_jsonl(lists[0], limit)
         if lists:
@@ -86,17 +97,39 @@ def read_path(path: Path, limit: int | None) -> Sequence[Row]:
         shards = sorted(path.glob("*.parquet"))
         if shards:
             return read_parquet(shards, limit)
-        raise DataError(f"{path} holds no .jsonl and no .parquet file")
+        if pictures_in(path):
+            return read_pictures(path, limit)
+        raise DataError(f"{path} holds no .jsonl and no .parquet file, and no picture")
     readers: dict[str, Callable[[Path, int | None], Sequence[Row]]] = {
         ".tsv": read_tsv,
         ".jsonl": read_jsonl,
         ".parquet": lambda file, limit: read_parquet([file], limit),
         ".csv": read_shapes,
     }
+    if not path.is_file():
+        raise DataError(f"cannot read {path}: it is {kind_of(path)}")
     reader = readers.get(path.suffix.lower())
     if reader is None:
         raise DataError(f"cannot read {path.name}: --data takes {', '.join(readers)}, or a folder with a .jsonl")
     return reader(path, limit)
+
+
+# --------------------------------------------------------------------------------------------- plain pictures
+
+
+def pictures_in(folder: Path) -> list[Path]:
+    """The pictures of a folder that says nothing more of them, by name; none where it holds a list or shards."""
+    if not folder.is_dir() or any(folder.glob("*.jsonl")) or any(folder.glob("*.parquet")):
+        return []
+    return [path for path in sorted(folder.iterdir()) if path.suffix.lower() in PICTURES and path.is_file()]
+
+
+def read_pictures(folder: Path, limit: int | None) -> Sequence[Row]:
+    """Pictures without questions: their sizes are read from their headers, and nothing is asked about them."""
+    return [
+        Row(path.name, {"text_tokens": None}, Encoded(path.read_bytes, f"{folder.name}/{path.name}"), path.name)
+        for path in pictures_in(folder)[:limit]
+    ]
 
 
 # ---------------------------------------------------------------------------------------------------- bundled
@@ -137,20 +170,27 @@ def read_shapes(path: Path, limit: int | None) -> Sequence[Row]:
             if len(fields) != len(header):
                 raise DataError(f"{where}: {len(fields)} fields, but the header has {len(header)}")
             values = dict(zip(header, (f.strip() for f in fields), strict=True))
-            width, height = (_whole(values, name, where, least=1) for name in ("width", "height"))
-            tokens = _whole(values, "text_tokens", where, least=0)
+            width, height = (_whole(values, name, where, 1, MOST_PIXELS) for name in ("width", "height"))
+            tokens = _whole(values, "text_tokens", where, 0, MOST_TOKENS)
             sample_id = values.get("id") or f"{len(rows):05d}"
-            rows.append(Row(sample_id, {"text_tokens": tokens}, Drawn(width, height, sample_id), where))
+            images, batch = (
+                _whole(values, name, where, 1, most) if values.get(name) else 1
+                for name, most in (("images", MOST_IMAGES), ("batch", MOST_BATCH))
+            )
+            picture, sizes = Drawn(width, height, sample_id), {"text_tokens": tokens, "batch": batch}
+            rows.append(Row(sample_id, sizes, picture, where, (picture,) * (images - 1)))
     return _checked(path, rows)
 
 
-def _whole(values: Mapping[str, str], name: str, where: str, least: int) -> int:
+def _whole(values: Mapping[str, str], name: str, where: str, least: int, most: int) -> int:
     try:
         number = int(values[name])
     except ValueError:
         number = least - 1
     if number < least:
         raise DataError(f"{where}: {name} is not a {'positive integer' if least else 'whole number of at least 0'}")
+    if number > most:
+        raise DataError(f"{where}: {name} is above {most}")
     return number
 
 
@@ -245,14 +285,23 @@ def read_jsonl(path: Path, limit: int | None) -> Sequence[Row]:
             where = f"{path.name}, line {number}"
             try:
                 values = json.loads(line)
-            except ValueError as error:
+            except (ValueError, RecursionError) as error:
                 raise DataError(f"{where}: not JSON: {error}") from None
-            if not isinstance(values, dict) or not isinstance(values.get(_IMAGE), str):
-                raise DataError(f"{where}: not an object with an 'image' that is a path")
-            image = path.parent / values[_IMAGE]
+            if not isinstance(values, dict) or not (named := _paths(values.get(_IMAGE))):
+                raise DataError(f"{where}: not an object with an 'image' that is a path, or a list of paths")
             sample_id = str(values.get("id", f"{len(rows):05d}"))
-            rows.append(Row(sample_id, values, Encoded(image.read_bytes, f"{where} ({values[_IMAGE]})"), where))
+            first, *others = (
+                Encoded(functools.partial(read_bytes, path.parent / name, MOST_BYTES), f"{where} ({name})")
+                for name in named
+            )
+            rows.append(Row(sample_id, values, first, where, tuple(others)))
     return _checked(path, rows)
+
+
+def _paths(given: Any) -> list[str]:
+    """The paths in an ``image`` field: one, or a list of them; none where it is anything else."""
+    found = given if isinstance(given, list) else [given]
+    return found if len(found) <= MOST_IMAGES and all(isinstance(name, str) for name in found) else []
 
 
 # ------------------------------------------------------------------------------------------- parquet and the hub
@@ -342,7 +391,7 @@ def _image_bytes(value: Any) -> bytes:
     """The encoded bytes in a cell of the hub's layout: ``{"bytes", "path"}`` or bytes."""
     if isinstance(value, Mapping):
         if value.get("bytes") is None and value.get("path"):
-            return Path(value["path"]).read_bytes()
+            return read_bytes(Path(value["path"]), MOST_BYTES)
         value = value.get("bytes")
     if not isinstance(value, bytes):
         raise ValueError("the row has no image bytes")

@@ -26,7 +26,8 @@ class Folder(Task):
 
     def prompt(self, row: Mapping[str, Any]) -> str:
         """The question as it stands."""
-        return str(row["question"])
+        question: str = row["question"]  # what is no text was refused by the caller
+        return question
 
     def answers(self, row: Mapping[str, Any]) -> tuple[str, ...]:
         """Every answer given, none being fine."""

@@ -95,6 +95,7 @@ class Result:
         status: ``predicted``, ``measured``, ``not launched`` (predicted not to fit), ``oom``, or ``failed``.
         peak_allocated_bytes, peak_reserved_bytes: Highest over all samples, weights included; of an ``oom`` trial, over
             those that finished.
+        device_bytes: As nvidia-smi would show it at its highest: reserved, and the CUDA context; None on a CPU.
         visual_flops_cut: Share of visual-token FLOPs removed, mean over samples.
         kept_share: Share of visual tokens that decoder layers see, mean over layers and samples.
         accuracy: The task's score, where answers were scored.
@@ -117,6 +118,7 @@ class Result:
     seconds: float | None = None
     held_by: str = ""
     error: str | None = None
+    device_bytes: int | None = None
 
     def cost(self, objective: str) -> float:
         """What is made small: bytes, the share of visual-token FLOPs that is left, or seconds a sample."""

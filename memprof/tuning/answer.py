@@ -12,7 +12,7 @@ from memprof.tuning import Question, Trial
 from memprof.units import format_bytes
 
 #: How :func:`sensitivity` reads a field; shown wherever it is shown.
-SENSITIVITY = "share of the variance of the peak between groups of trials with like values (correlation ratio)"
+SENSITIVITY = "how much of the peak's variation lies between groups of trials with like values (correlation ratio)"
 _GROUPS = 5
 
 

@@ -2,21 +2,22 @@
 
 from __future__ import annotations
 
-import json
 import tomllib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from memprof.errors import DataError
+from memprof.files import parse_json, read_text, write_json
 from memprof.records import SCHEMA, RunSpec
-from memprof.store import write_json
 
 #: What a preset may hold: the options of ``memprof run`` that decide a run's bytes, by their names in Python.
 KEYS: tuple[str, ...] = (
     "model", "method", "task", "device", "stack", "dtype", "attention", "weights", "data", "max_new_tokens",
     "max_tiles", "limit", "seed",
 )  # fmt: skip
+
+_NUMBERS = ("max_new_tokens", "max_tiles", "limit", "seed")
 
 
 def preset_of(spec: RunSpec, method: str) -> dict[str, Any]:
@@ -27,7 +28,6 @@ def preset_of(spec: RunSpec, method: str) -> dict[str, Any]:
 
 def write_preset(path: Path, preset: Mapping[str, Any], because: Mapping[str, Any]) -> None:
     """Write ``preset`` as JSON, and beside it ``because``: what it was found to need, and under which question."""
-    path.parent.mkdir(parents=True, exist_ok=True)
     write_json(path, {"schema": SCHEMA, "preset": dict(preset), "because": dict(because)})
 
 
@@ -38,12 +38,13 @@ def read_preset(path: Path) -> dict[str, Any]:
         DataError: The file cannot be read, or holds something that is no option of a preset.
     """
     try:
-        text = path.read_text(encoding="utf-8")
-        data: Any = tomllib.loads(text) if path.suffix == ".toml" else json.loads(text)
-    except (OSError, ValueError) as error:
+        text = read_text(path)
+        data: Any = tomllib.loads(text) if path.suffix == ".toml" else parse_json(text, f"{path} holds no preset: it")
+    except FileNotFoundError:
+        raise DataError(f"cannot read preset {path}: it is not there") from None
+    except (tomllib.TOMLDecodeError, RecursionError) as error:
         raise DataError(f"cannot read preset {path}: {error}") from None
-    if isinstance(data, dict):
-        data = data.get("preset", data)
+    data = data.get("preset", data)
     if not isinstance(data, dict):
         raise DataError(f'{path} holds no preset; write for example {{"method": "topv:keep=0.4"}}')
     unknown = sorted(set(data) - {*KEYS, "schema"})
@@ -54,6 +55,19 @@ def read_preset(path: Path) -> dict[str, Any]:
     if isinstance(methods, str):
         options["method"] = [methods]
     for key, value in options.items():
-        if not all(isinstance(one, str | int | float) for one in (value if isinstance(value, list) else [value])):
-            raise DataError(f"{path}: {key} must be a number or a text")
+        _check(path, key, value)
     return options
+
+
+def _check(path: Path, key: str, value: Any) -> None:
+    """Raise DataError where an option is not what ``memprof run`` takes."""
+    if not all(isinstance(one, str | int | float) for one in (value if isinstance(value, list) else [value])):
+        raise DataError(f"{path}: {key} must be a number or a text")
+    if key == "method":
+        if not isinstance(value, list) or not value or not all(isinstance(one, str) for one in value):
+            raise DataError(f"{path}: method must be a text, or a list with at least one")
+    elif key in _NUMBERS:
+        if type(value) is not int:
+            raise DataError(f"{path}: {key} must be a whole number")
+    elif not isinstance(value, str):
+        raise DataError(f"{path}: {key} must be a text")

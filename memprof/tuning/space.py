@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from memprof.analysis.bracket import on_grid
+from memprof.bracket import on_grid
 from memprof.plugins import split_spec
 from memprof.pruning import METHODS, build_pruner, method_spec
 

@@ -26,7 +26,7 @@ from optuna.distributions import BaseDistribution
 from optuna.samplers import BaseSampler, TPESampler
 from optuna.trial import FrozenTrial, TrialState
 
-from memprof.analysis.bracket import next_value
+from memprof.bracket import next_value
 from memprof.errors import MemprofError, UsageError
 from memprof.tuning import Evaluate, Question, Result, Trial
 from memprof.tuning.space import Field, with_values

@@ -9,19 +9,21 @@ import sys
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
-from memprof.analysis.holders import leading_part, words_for
 from memprof.analysis.predicting import predicting
-from memprof.analysis.validate import card_of
+from memprof.bench import Bench
+from memprof.bench.outcome import Outcome
 from memprof.environment import RANK_VARIABLES
 from memprof.errors import DataError, MemprofError
-from memprof.families import PromptShape
+from memprof.gpus import calibrated, card_of, find_card
+from memprof.prompts import Shape
 from memprof.pruning import Pruner, visual_flops_cut, visual_tokens_per_layer
 from memprof.records import Run, RunSpec, SampleRecord, mean_fidelity, summarize
-from memprof.runner import Bench, Outcome, Prompt, complete_spec, samples_of
-from memprof.simulator.cards import calibrated, find_card
+from memprof.runner import complete_spec, samples_of
 from memprof.store import RUN_FILE, read_run
 from memprof.tasks import Sample
+from memprof.telling.holders import leading_part, words_for
 from memprof.tuning import Evaluate, Question, Result
 
 #: Exit code of a run that ran out of memory (:mod:`memprof.errors`).
@@ -39,11 +41,13 @@ class Predictor:
     """
 
     def __init__(self, spec: RunSpec, bench: Bench | None = None) -> None:
-        self.spec, _, task = complete_spec(predicting(spec, shard=None, method="baseline"))
-        self.bench = bench or Bench(self.spec)
-        samples, _ = samples_of(self.bench.family, task, self.spec)
-        self.shapes: Counter[PromptShape] = Counter(
-            self._shape(sample) for sample in _readable(samples) if sample.width > 0 and sample.height > 0
+        self.spec, self.unpruned, task, setup = complete_spec(predicting(spec, shard=None, method="baseline"))
+        self.bench = bench.set_up(setup) if bench is not None else Bench(setup)
+        samples, _ = samples_of(setup.model, task, self.spec)
+        self.shapes: Counter[Shape] = Counter(
+            self.bench.prompt(sample, self.spec.max_tiles).shape
+            for sample in _readable(samples)
+            if sample.width > 0 and sample.height > 0
         )
         if not self.shapes:
             raise DataError("no sample can be read to predict from; use --data FILE.csv")
@@ -51,15 +55,18 @@ class Predictor:
     def __call__(self, method: str, name: str = "") -> Result:
         """What ``method`` would need; its FLOPs and kept tokens follow from its settings alone."""
         del name
-        spec, pruner, _ = complete_spec(dataclasses.replace(self.spec, method=method))
-        self.bench.foresee(spec, pruner, self.shapes)
-        outcomes = {shape: self.bench.outcome(spec, pruner, shape, spec.seed) for shape in self.shapes}
-        highest = max(outcomes.values(), key=_peak)
-        cut, kept = self._shares(pruner)
+        done = complete_spec(dataclasses.replace(self.spec, method=method))
+        asks = [done.ask(shape) for shape in self.shapes]
+        with self.bench.set_up(done.setup).ahead(asks):
+            outcomes = [self.bench.outcome(ask) for ask in asks]
+        highest = max(outcomes, key=_peak)
+        reserved = max(one.memory.fullest.peak_reserved_bytes for one in outcomes)
+        cut, kept = self._shares(done.pruner)
         return Result(
             "predicted",
             peak_allocated_bytes=_peak(highest),
-            peak_reserved_bytes=max(max(one.memory["tokens"].reserved_bytes) for one in outcomes.values()),
+            peak_reserved_bytes=reserved,
+            device_bytes=reserved + calibrated(find_card(done.spec.gpu)).context_bytes,
             visual_flops_cut=cut,
             kept_share=kept,
             held_by=_held_by(highest),
@@ -68,21 +75,14 @@ class Predictor:
     @property
     def static_bytes(self) -> int:
         """Bytes of the weights."""
-        return self.bench.ready(self.spec)[1].static_bytes
-
-    def _shape(self, sample: Sample) -> PromptShape:
-        prompt = self.bench.prompt(self.spec, sample)
-        return prompt.shape if isinstance(prompt, Prompt) else prompt
+        return self.bench.standing(self.unpruned, self.spec.stack).static_bytes
 
     def _shares(self, pruner: Pruner) -> tuple[float, float]:
-        text = self.bench.card.text
-        layers = int(text["num_hidden_layers"])
+        model, layers = self.bench.model, self.bench.model.layers
         cut = kept = 0.0
         for shape, count in self.shapes.items():
             seen = visual_tokens_per_layer(pruner.stages(shape.visual_tokens, layers), shape.visual_tokens, layers)
-            cut += count * visual_flops_cut(
-                seen, shape.visual_tokens, text["hidden_size"], text["intermediate_size"]
-            )  # fmt: skip
+            cut += count * visual_flops_cut(seen, shape.visual_tokens, model.hidden, model.ffn)
             kept += count * (sum(seen) / (layers * shape.visual_tokens) if shape.visual_tokens else 1.0)
         return cut / self.shapes.total(), kept / self.shapes.total()
 
@@ -97,11 +97,12 @@ def _readable(samples: Sequence[Sample]) -> Iterator[Sample]:
 
 
 def _peak(outcome: Outcome) -> int:
-    return int(max(outcome.memory["tokens"].peak_allocated_bytes))
+    return outcome.memory.fullest.peak_allocated_bytes
 
 
 def _held_by(outcome: Outcome) -> str:
-    return words_for(leading_part(outcome.memory["peak_parts"]), outcome.memory["peak_holders"])
+    card = outcome.memory.fullest
+    return words_for(leading_part(card.peak_parts), card.peak_holders)
 
 
 class Measurer:
@@ -142,8 +143,9 @@ class Measurer:
             return Result("failed", error=says or f"the trial's process ended with {done.returncode}")
         if not run.finished:
             return Result("oom" if done.returncode == _OOM else "failed", error=says)
-        status = "oom" if done.returncode == _OOM else "measured" if done.returncode == 0 else "failed"
-        return _result(run, status, says if done.returncode else None)
+        short = any(sample.status == "oom" for sample in run.samples)
+        status = "oom" if short else "measured" if done.returncode == 0 else "failed"
+        return _result(run, status, says if status != "measured" else None)
 
     def _words(self, method: str, folder: Path) -> list[str]:
         spec = self.question.spec
@@ -151,8 +153,8 @@ class Measurer:
             sys.executable, "-m", "memprof.tuning._child", "run", "--model", spec.model, "--method", method, "--task",
             spec.task, "--device", spec.device, "--stack", spec.stack, "--dtype", spec.dtype, "--attention",
             spec.attention, "--weights", spec.weights, "--data", spec.data, "--max-new-tokens",
-            str(spec.max_new_tokens), "--warmup", str(spec.warmup), "--seed", str(spec.seed), "--quiet", "-o",
-            str(folder),
+            str(spec.max_new_tokens), "--warmup", str(spec.warmup), "--seed", str(spec.seed), "--quiet", "--unlisted",
+            "-o", str(folder),
         ]  # fmt: skip
         words.append("--fidelity" if self.question.quality else "--no-fidelity")
         words += ["--max-tiles", str(spec.max_tiles)] if spec.max_tiles is not None else []
@@ -188,6 +190,7 @@ def _result(run: Run, status: str, error: str | None) -> Result:
         status,
         peak_allocated_bytes=total["peak_allocated_bytes"],
         peak_reserved_bytes=total["peak_reserved_bytes"],
+        device_bytes=total["device_bytes"],
         visual_flops_cut=total["visual_flops_cut"] or 0.0,
         kept_share=sum(map(_kept, run.finished)) / len(run.finished),
         accuracy=total["accuracy"],
@@ -209,16 +212,31 @@ def _seconds(samples: list[SampleRecord]) -> float | None:
 
 
 def card_bytes() -> int | None:
-    """What the first card can give a process beside its context; None where NVML cannot be asked.
+    """What the first card that a process sees can give it beside its context; None where NVML cannot be asked.
 
-    NVML is asked because it opens no context of its own on the card, as torch would.
+    NVML is asked because it opens no context of its own on the card, as torch would. It numbers every card there is, so
+    ``CUDA_VISIBLE_DEVICES`` is read here; of a card in slices (MIG) CUDA takes the first, where none is named.
     """
     try:
         import pynvml
 
         pynvml.nvmlInit()
-        there = pynvml.nvmlDeviceGetHandleByIndex(0)
+        first = os.environ.get("CUDA_VISIBLE_DEVICES", "0").partition(",")[0].strip()
+        if first.startswith(("GPU-", "MIG-")):
+            there = pynvml.nvmlDeviceGetHandleByUUID(first)
+        else:
+            there = pynvml.nvmlDeviceGetHandleByIndex(int(first))  # none is visible where that is no number
+        if not first.startswith("MIG-") and _sliced(pynvml, there):
+            there = pynvml.nvmlDeviceGetMigDeviceHandleByIndex(there, 0)
         card = calibrated(find_card(card_of(str(pynvml.nvmlDeviceGetName(there)))))
         return int(pynvml.nvmlDeviceGetMemoryInfo(there).total) - card.context_bytes
     except Exception:  # NVML's errors share no base class; without it, the budget alone decides
         return None
+
+
+def _sliced(nvml: Any, card: Any) -> bool:
+    """Whether a card is in slices (MIG); most cannot be."""
+    try:
+        return bool(nvml.nvmlDeviceGetMigMode(card)[0])
+    except nvml.NVMLError:
+        return False

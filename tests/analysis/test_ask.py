@@ -10,26 +10,29 @@ import pytest
 import torch
 from asking import checkpoint, picture
 from PIL import Image
-from tiny import tiny_model
+from tiny import families, tiny_model
 
-from memprof import runner
 from memprof.analysis.ask import ask, open_picture
 from memprof.asked import Asked, Grid
+from memprof.bench import Bench
+from memprof.bench.generate import Outcome, place
 from memprof.errors import DataError, UsageError
-from memprof.families import FAMILIES
-from memprof.families._text import read_tokenizer
+from memprof.forecasts import Ask
+from memprof.models import find
+from memprof.models.tokenizer import read_tokenizer
+from memprof.pruning import method_name
 from memprof.records import RunSpec
-from memprof.runner import Bench, complete_spec, place
+from memprof.runner import Complete, complete_spec
 from memprof.tasks import Sample
 
 METHODS = ("topv:keep=0.5,layer=1", "uniform:keep=0.25,layer=1", "pyramiddrop:parts=3", "visionzip", "baseline")
 
 
-def specs(weights: str, methods: tuple[str, ...] = METHODS, **fields: object) -> list[RunSpec]:
+def specs(weights: str, methods: tuple[str, ...] = METHODS, **fields: object) -> list[Complete]:
     base = RunSpec(
         "internvl3-1b", "baseline", "folder", "cpu", dtype="float32", weights=weights, max_new_tokens=6, max_tiles=4
     )
-    return [complete_spec(dataclasses.replace(base, method=method, **fields))[0] for method in methods]
+    return [complete_spec(dataclasses.replace(base, method=method, **fields)) for method in methods]
 
 
 @pytest.fixture(scope="module")
@@ -43,15 +46,15 @@ def asked(weights: Path) -> Asked:
 
 
 def test_the_answer_is_what_the_model_generates(asked: Asked, weights: Path) -> None:
-    spec = specs(str(weights), ("baseline",))[0]
-    bench = Bench(spec)
+    (one,) = specs(str(weights), ("baseline",))
+    bench = Bench(one.setup)
 
     class Same:
         def image(self) -> Image.Image:
             return picture()
 
-    prompt = bench.prompt(spec, Sample("x", 200, 100, "what is this?", None, (), None, Same()))
-    model, _ = bench.ready(spec)
+    prompt = bench.prompt(Sample("x", 200, 100, "what is this?", None, (), None, Same()), one.spec.max_tiles)
+    model, _ = bench.ready()
     with torch.no_grad():
         out = model.generate(**place(prompt, model), max_new_tokens=6, do_sample=False)
     said = read_tokenizer(weights).decode(out[0, len(prompt.ids) :].tolist())
@@ -69,7 +72,7 @@ def test_baseline_comes_first_and_every_method_answers(asked: Asked) -> None:
 
 
 def test_the_grid_and_the_tiles_are_what_the_model_was_given(asked: Asked) -> None:
-    assert asked.grid == Grid(columns=2, rows=1, thumbnail=True, side=2)
+    assert asked.grid == Grid(columns=2, rows=1, thumbnail=True, across=2, down=2)
     assert asked.tiles is not None
     assert asked.tiles.shape == (3, 56, 56, 3)
     whole = np.asarray(picture().resize((112, 56), Image.Resampling.BICUBIC))
@@ -95,8 +98,8 @@ def test_what_stayed_is_counted_cut_by_cut(asked: Asked) -> None:
 
 
 def test_random_weights_say_nothing_and_say_so(monkeypatch: pytest.MonkeyPatch) -> None:
-    family, card, _ = tiny_model("internvl")
-    monkeypatch.setattr(runner, "find_model", lambda name: (family, card))
+    _, card, _ = tiny_model("internvl")
+    monkeypatch.setattr(find, "find", lambda *_: card)
     found = ask(specs("random", ("topv:layer=1", "uniform:layer=1")), picture(), "what is this?", "cat.png")
     assert [one.text for one in found.answers] == [None, None]
     assert found.reference is None
@@ -124,16 +127,32 @@ def test_a_failing_method_leaves_its_reason_and_the_others_go_on(
 ) -> None:
     whole = Bench.outcome
 
-    def broken(self: Bench, spec: RunSpec, *rest: object) -> object:
-        if spec.method.startswith("topv"):
+    def broken(self: Bench, asked: Ask) -> object:
+        if method_name(asked.pruner) == "topv":
             raise torch.cuda.OutOfMemoryError("no room\nand more")
-        return whole(self, spec, *rest)
+        return whole(self, asked)
 
     monkeypatch.setattr(Bench, "outcome", broken)
     found = ask(specs(str(weights), ("topv:layer=1", "baseline")), picture(), "what is this?", "cat.png")
     assert found.answers[0].text is not None
     assert (found.answers[1].sample.status, found.answers[1].sample.error) == ("oom", "no room")
     assert found.answers[1].tokens is None
+
+
+def test_a_card_that_ran_out_is_no_answer(weights: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = Bench.outcome
+
+    def short(self: Bench, asked: Ask) -> Outcome:
+        found = whole(self, asked)
+        if method_name(asked.pruner) != "topv":
+            return found
+        return Outcome(dataclasses.replace(found.memory, refused="no room; it ended in prefill"), None)
+
+    monkeypatch.setattr(Bench, "outcome", short)
+    found = ask(specs(str(weights), ("topv:layer=1", "baseline")), picture(), "what is this?", "cat.png")
+    assert found.answers[0].text is not None
+    assert (found.answers[1].sample.status, found.answers[1].sample.error) == ("oom", "no room; it ended in prefill")
+    assert found.answers[1].text is None
 
 
 def test_an_empty_question_is_refused(weights: Path) -> None:
@@ -159,12 +178,14 @@ def test_pictures_are_read_upright_or_said_to_be_broken(tmp_path: Path) -> None:
             open_picture(tmp_path / name)
 
 
-@pytest.mark.parametrize("name", [name for name, _ in FAMILIES])
+@pytest.mark.parametrize("name", families())
 def test_every_family_can_show_what_the_model_is_given(name: str) -> None:
     family, card, _ = tiny_model(name)
     shape = family.shape(card, 90, 90, 3, 1)
-    pixels = family.pixels(card, shape, Image.new("RGB", (90, 90), (250, 120, 3)))
-    assert isinstance(pixels, np.ndarray)
-    shown = family.seen(pixels)
+    plain = Image.new("RGB", (90, 90), (250, 120, 3))
+    pixels = family.inputs(card, shape.images, [plain])["pixel_values"].values
+    assert pixels is not None
+    shown = family.seen(card, shape.images[0], pixels)
     assert shown.dtype == np.uint8
+    assert len(shown) == shape.images[0].tiles
     assert (shown == (250, 120, 3)).all()

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from memprof.analysis.bracket import next_value
+from memprof.bracket import next_value
 
 LOW, HIGH, STEP = 0.02, 1.0, 0.0005
 

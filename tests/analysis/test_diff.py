@@ -13,8 +13,9 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "figures"))
 
 from synthetic import make_runs
 
-from memprof.analysis.diff import diff
-from memprof.errors import UsageError
+from memprof.allowance import Allowance
+from memprof.analysis.diff import diff, growth
+from memprof.errors import BadValue, UsageError
 from memprof.records import PARTS, Run
 
 
@@ -102,3 +103,61 @@ def test_json_carries_every_change(runs: dict[str, Run]) -> None:
     data = diff(runs["baseline"], runs["topv"]).to_json()
     assert data["dynamic"]["change"] == data["dynamic"]["b"] - data["dynamic"]["a"]
     assert all("change" in part for part in data["parts"])
+
+
+def larger(run: Run, *, more: int = 0, static: int = 0, only: int | None = None) -> Run:
+    """``run`` with so many more dynamic bytes in every sample, or in the one numbered ``only``, and static ones."""
+    samples = [
+        dataclasses.replace(s, dynamic_peak_bytes=s.dynamic_peak_bytes + (more if only in (None, at) else 0))
+        for at, s in enumerate(run.samples)
+    ]
+    record = dataclasses.replace(run.record, static_bytes=run.record.static_bytes + static)
+    return Run(record, samples, "elsewhere")
+
+
+def test_growth_is_told_of_every_sample_and_not_of_the_highest_alone(runs: dict[str, Run]) -> None:
+    base = runs["baseline"]
+    lowest = min(range(len(base.samples)), key=lambda at: base.samples[at].dynamic_peak_bytes if
+                 base.samples[at].ok else 2**62)  # fmt: skip
+    found = growth(base, larger(base, more=64 * 2**20, only=lowest), Allowance.of("2%", "32MiB"))
+    assert [grown.sample for grown in found] == [base.samples[lowest].id]
+    assert found[0].change == 64 * 2**20
+
+
+def test_what_is_allowed_passes_to_the_byte(runs: dict[str, Run]) -> None:
+    base = runs["baseline"]
+    assert growth(base, larger(base, more=2**20), Allowance.of("1MiB")) == []
+    assert len(growth(base, larger(base, more=2**20 + 1), Allowance.of("1MiB"))) == len(base.finished)
+    assert growth(base, larger(base, more=-(2**30), static=-(2**30)), Allowance.of("0%")) == []
+
+
+def test_weights_do_not_hide_what_doubles_above_them(runs: dict[str, Run]) -> None:
+    base = runs["baseline"]
+    top = base.highest
+    assert top is not None
+    small = top.dynamic_peak_bytes // 20  # 5 % of the dynamic peak, and well below 2 % of all
+    assert small < 0.02 * (base.record.static_bytes + top.dynamic_peak_bytes)
+    assert growth(base, larger(base, more=small), Allowance.of("2%"))
+    assert [g.what for g in growth(base, larger(base, static=2**30), Allowance.of("2%"))] == ["static"]
+
+
+def test_a_sample_that_no_longer_finishes_has_outgrown_everything(runs: dict[str, Run]) -> None:
+    base = runs["baseline"]
+    samples = [dataclasses.replace(s, status="oom", error="no room") if s.ok else s for s in base.samples]
+    found = growth(base, Run(base.record, samples, "elsewhere"), Allowance.of("900GiB"))
+    assert len(found) == len(base.finished)
+    assert found[0].b is None
+    assert found[0].reason == "no room"
+
+
+@pytest.mark.parametrize("text", ["2", "", "-1%", "two", "5 percent"])
+def test_no_allowance_is_refused(text: str) -> None:
+    with pytest.raises(BadValue, match="write"):
+        Allowance.of(text)
+
+
+def test_of_several_allowances_the_larger_counts() -> None:
+    allowed = Allowance.of("2%", "32MiB")
+    assert allowed.bytes_of(2**20) == 32 * 2**20
+    assert allowed.bytes_of(100 * 2**30) == 2 * 2**30
+    assert allowed.text == "2% or 32MiB"

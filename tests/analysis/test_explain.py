@@ -3,30 +3,37 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from tiny import families, state_of, tiny_model, tiny_prompt
+from tiny import families, several_images, state_of, tiny_model, tiny_prompt
+from torch import nn
 
+from memprof.analysis.entered import quantised_cache
 from memprof.analysis.explain import explain, floor_sentence, prompt_shape, sentence
-from memprof.analysis.holders import leading_part, words_for
+from memprof.analysis.vision_chunks import chunked_vision
 from memprof.analysis.whatif import (
     COUNTERFACTUALS,
     Benches,
     Change,
     all_exact,
-    chunked_vision,
+    eight_bit_cache,
     floor,
-    quantised_cache,
     vision_in_chunks,
 )  # fmt: skip
+from memprof.anatomy import anatomy
+from memprof.bench import Bench
+from memprof.bench.generate import place, profile_prompt
 from memprof.errors import DataError, UnknownName
 from memprof.meters import meter_for
+from memprof.models.find import find
 from memprof.pruning import build_pruner
-from memprof.records import Holder, Run, RunSpec
-from memprof.runner import Bench, complete_spec, place, profile_prompt, run
+from memprof.records import CardMemory, Holder, Memory, Run, RunSpec
+from memprof.runner import complete_spec, run
+from memprof.telling.holders import leading_part, words_for
 from memprof.units import format_bytes
 
 every_family = pytest.mark.parametrize("family", families())
@@ -38,14 +45,14 @@ def a_run(folder: Path, method: str, stack: str, width: int, height: int, bench:
     spec = RunSpec(
         "internvl2-2b", method, "ai2d", "sim", stack, dtype="bfloat16", data=str(data), max_new_tokens=2, warmup=0
     )
-    return run(spec, folder / method.replace(":", "_"), bench=bench or Bench(spec))
+    return run(spec, folder / method.replace(":", "_"), bench=bench or Bench(complete_spec(spec).setup))
 
 
 @pytest.fixture(scope="module")
 def paper(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Run]:
     """13 tiles under three methods, paper stack."""
     folder = tmp_path_factory.mktemp("explain")
-    bench = Bench(RunSpec("internvl2-2b", "baseline", "ai2d", "sim"))
+    bench = Bench(complete_spec(RunSpec("internvl2-2b", "baseline", "ai2d", "sim")).setup)
     return {m: a_run(folder, m, "paper", 1792, 1344, bench) for m in ("baseline", "topv", "fastv")}
 
 
@@ -102,11 +109,14 @@ def test_the_sample_is_chosen(small: Run) -> None:
 
 
 def test_the_prompt_is_rebuilt_from_the_record(small: Run) -> None:
-    sample = small.samples[0]
-    shape = prompt_shape(small, sample)
+    """It is in the record; where an earlier version left only its sums, the image is cut once more."""
+    sample, model = small.samples[0], find("internvl2-2b")
+    shape = prompt_shape(small, sample, model)
     assert (shape.tiles, shape.length) == (3, sample.visual_tokens + sample.text_tokens)
+    older = dataclasses.replace(sample, shape=None)
+    assert prompt_shape(small, older, model) == shape
     with pytest.raises(DataError, match="cannot be rebuilt"):
-        prompt_shape(small, dataclasses.replace(sample, visual_tokens=7))
+        prompt_shape(small, dataclasses.replace(older, visual_tokens=7), model)
 
 
 def holder(part: str, shape: list[int], module: str = "m.layers.1.self_attn", dtype: str = "float32") -> Holder:
@@ -176,16 +186,24 @@ class _Same(Benches):
     """Answers at once, always the same."""
 
     def __init__(self, run_: Run) -> None:
-        self.memory_there = run_.samples[0].to_json() | {"peak_holders": []}
+        sample = run_.samples[0]
+        of_card, cache = (
+            {field.name: getattr(sample, field.name, None) for field in dataclasses.fields(kind)}
+            for kind in (CardMemory, Memory)
+        )
+        self.memory_there = Memory(**{**cache, "cards": [CardMemory(**{**of_card, "peak_holders": []})]})
 
-    def memory(self, change: Change, *, every_token: bool = False) -> dict[str, Any]:
+    def memory(self, change: Change, *, every_token: bool = False) -> Memory:
         return self.memory_there
+
+    def knows(self, change: Change) -> bool:
+        return True
 
 
 def change(method: str, stack: str = "paper", device: str = "sim", tiles: int = 3) -> Change:
-    spec, pruner, _ = complete_spec(RunSpec("internvl2-2b", method, "ai2d", device, stack))
-    bench = Bench(spec)
-    return Change(spec, pruner, bench.family.shape(bench.card, 448 * (tiles - 1), 448, 42, None))
+    spec, pruner, _, setup = complete_spec(RunSpec("internvl2-2b", method, "ai2d", device, stack))
+    shape = setup.model.family.shape(setup.model, 448 * (tiles - 1), 448, 42)
+    return Change(spec, pruner, shape, setup.model)
 
 
 def test_a_cards_limit_cuts_no_answer_short() -> None:
@@ -193,6 +211,27 @@ def test_a_cards_limit_cuts_no_answer_short() -> None:
     # The weights fit on this card, and no prompt beside them.
     tight = dataclasses.replace(now, spec=dataclasses.replace(now.spec, gpu="4.8GiB"))
     assert benches.memory(tight) == benches.memory(now)
+
+
+@pytest.mark.parametrize("method", ["baseline", "topv"])
+def test_what_is_entered_on_the_model_has_programs_that_say_what_a_direct_run_says(
+    method: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("MEMPROF_CACHE", str(tmp_path))
+    now = change(method, "current", tiles=3)
+    now = dataclasses.replace(now, spec=dataclasses.replace(now.spec, max_new_tokens=Benches.FEW))
+    changes = [now, *vision_in_chunks(now), *eight_bit_cache(now)]
+    assert len(changes) == 3
+    found = [Benches().memory(one) for one in changes]
+    assert len({memory.fullest.dynamic_peak_bytes for memory in found}) == len(found)
+    benches = Benches()
+    for one, before in zip(changes, found, strict=True):
+        assert benches.knows(one), "it is on the disk"
+        assert benches.memory(one) == before
+        bench, ask = benches._asked(one, Benches.FEW)
+        direct = bench.profile(ask).memory  # of all layers
+        assert direct.kv_tokens_found == before.kv_tokens_found
+        assert direct.fullest == before.fullest
 
 
 def test_answers_without_the_limit_say_so(small: Run) -> None:
@@ -240,18 +279,26 @@ def logits_of(model: Any, prompt: Any) -> torch.Tensor:
 
 @every_family
 @pytest.mark.parametrize("tiles", [1, 2])
-def test_a_chunked_tower_changes_no_number(family: str, tiles: int) -> None:
+@pytest.mark.parametrize("images", [1, 3])
+def test_a_chunked_tower_changes_no_number(family: str, tiles: int, images: int) -> None:
     kind, card, model = tiny_model(family)
-    prompt, before = tiny_prompt(kind, card), state_of(model)
+    prompt, before = tiny_prompt(kind, card) if images == 1 else several_images(kind, card, images), state_of(model)
+    embeds = next(m for _, m in anatomy(model).vision[0][1].named_modules() if isinstance(m, nn.Conv2d | nn.Conv3d))
+    calls: list[int] = []
+    hook = embeds.register_forward_pre_hook(lambda _, args: calls.append(len(args[0])))
     whole = logits_of(model, prompt)
+    once, calls = calls, []
     with chunked_vision(model, tiles):
         chunked = logits_of(model, prompt)
+    hook.remove()
     torch.testing.assert_close(chunked, whole, atol=1e-4, rtol=1e-4)
     assert state_of(model) == before
+    assert (len(once), sum(calls)) == (1, once[0])
+    assert len(calls) == math.ceil(prompt.shape.tiles / tiles)
 
 
 @every_family
-def test_a_quantised_cache_is_a_quarter_of_fp32_and_close(family: str) -> None:
+def test_a_quantised_cache_is_a_quarter_of_fp32_with_a_scale_a_row_and_close(family: str) -> None:
     kind, card, model = tiny_model(family)
     prompt, before = tiny_prompt(kind, card), state_of(model)
     plain = profile_prompt(model, meter_for(model), build_pruner("topv"), "current", prompt, new_tokens=3).memory
@@ -259,8 +306,11 @@ def test_a_quantised_cache_is_a_quarter_of_fp32_and_close(family: str) -> None:
         small_ = profile_prompt(model, meter_for(model), build_pruner("topv"), "current", prompt, new_tokens=3).memory
         narrow = logits_of(model, prompt)
     assert state_of(model) == before
-    assert small_["kv_tokens_found"] == plain["kv_tokens_found"]
-    assert [4 * b for b in small_["tokens"].kv_bytes] == plain["tokens"].kv_bytes
+    assert small_.kv_tokens_found == plain.kv_tokens_found
+    head = card.kv_numbers // int(card.text["num_key_value_heads"])
+    windows = 8 * list(card.text.get("layer_types", ())).count("sliding_attention")  # a layer's own length, an integer
+    bytes_of = [[b - windows for b in one.fullest.tokens.kv_bytes] for one in (small_, plain)]
+    assert [4 * head * b for b in bytes_of[0]] == [(head + 4) * b for b in bytes_of[1]]
     wide = logits_of(model, prompt)
     assert (narrow[0] - wide[0]).abs().max() < 1e-4, "prefill attends to the wide keys"
     assert 0 < (narrow - wide).norm() < 0.2 * wide.norm()

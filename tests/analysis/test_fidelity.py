@@ -18,12 +18,12 @@ from memprof.analysis.fidelity import (
     fidelity,
     reference,
 )
-from memprof.errors import UsageError
+from memprof.bench.generate import place
+from memprof.errors import MemprofError, UsageError
 from memprof.families import FAMILIES
-from memprof.families._build import build_model
+from memprof.models.build import build_model
 from memprof.pruning import build_pruner
 from memprof.pruning.surgery import Surgery
-from memprof.runner import place
 
 NEW = 5
 
@@ -50,6 +50,21 @@ def test_measures_by_hand() -> None:
     assert set(found) == set(MEASURES)
 
 
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+@pytest.mark.parametrize("whose", ["pruned", "unpruned"])
+def test_logits_that_are_none_are_an_error_and_no_agreement(whose: str, bad: float) -> None:
+    sound = torch.tensor([[0.1, 0.2, 0.3]]).log_softmax(-1)
+    broken = torch.tensor([[0.1, bad, 0.3]]).log_softmax(-1)
+    p, q = (broken, sound) if whose == "unpruned" else (sound, broken)
+    with pytest.raises(MemprofError, match=f"the {whose} model's logits"):
+        compare(Reference(torch.tensor([2]), p), q)
+
+
+def test_a_divergence_without_end_is_an_error() -> None:
+    with pytest.raises(MemprofError, match="infinite"):
+        compare(Reference(torch.tensor([0]), logs([0.5, 0.5, 0.0])), logs([1.0, 0.0, 0.0]))
+
+
 @pytest.mark.parametrize("name", families())
 def test_forced_distributions_are_those_of_a_step_by_step_run(name: str) -> None:
     family, card, model = tiny_model(name)
@@ -58,20 +73,19 @@ def test_forced_distributions_are_those_of_a_step_by_step_run(name: str) -> None
     inputs = place(prompt, model)
     before = state_of(model)
     against = reference(model, inputs, new_tokens=NEW)
-    found = fidelity(model, inputs, pruner, prompt.layout, against)
+    found = fidelity(model, inputs, pruner, prompt.places, against)
     assert state_of(model) == before
     rows = []
-    with torch.no_grad(), Surgery(model, pruner, prompt.layout):
+    with torch.no_grad(), Surgery(model, pruner, prompt.places):
         out = model(**inputs, use_cache=True)
         for token in against.tokens:
             rows.append(out.logits[0, -1].float().log_softmax(-1))
             length = prompt.shape.length + len(rows)
-            out = model(
-                input_ids=token.view(1, 1),
-                attention_mask=torch.ones(1, length, dtype=torch.long),
-                past_key_values=out.past_key_values,
-                use_cache=True,
-            )
+            steps = {"input_ids": token.view(1, 1), "attention_mask": torch.ones(1, length, dtype=torch.long)}
+            deltas = getattr(model.model, "rope_deltas", None)
+            if deltas is not None:  # what an image of three axes spans is not what it has of tokens
+                steps["position_ids"] = (length - 1 + deltas).expand(3, 1, 1)
+            out = model(**steps, past_key_values=out.past_key_values, use_cache=True)
     by_hand = compare(against, torch.stack(rows))
     assert found == {measure: pytest.approx(value, rel=1e-3, abs=1e-6) for measure, value in by_hand.items()}
     assert found["kl"] > 0
@@ -83,8 +97,8 @@ def test_up_to_the_first_divergence_the_free_run_writes_the_reference() -> None:
         prompt = tiny_prompt(family, card, seed=seed)
         pruner, inputs = build_pruner("random:keep=0.1,layer=0"), place(prompt, model)
         against = reference(model, inputs, new_tokens=NEW)
-        first = int(fidelity(model, inputs, pruner, prompt.layout, against)["first_divergence"])
-        with Surgery(model, pruner, prompt.layout):
+        first = int(fidelity(model, inputs, pruner, prompt.places, against)["first_divergence"])
+        with Surgery(model, pruner, prompt.places):
             free = model.generate(**inputs, max_new_tokens=NEW, do_sample=False)[0, prompt.shape.length :]
         same = (free == against.tokens).tolist()
         assert all(same[:first])
@@ -95,7 +109,7 @@ def test_nothing_pruned_is_nothing_lost() -> None:
     family, card, model = tiny_model("internvl")
     prompt = tiny_prompt(family, card)
     inputs = place(prompt, model)
-    found = fidelity(model, inputs, build_pruner("baseline"), prompt.layout, reference(model, inputs, new_tokens=NEW))
+    found = fidelity(model, inputs, build_pruner("baseline"), prompt.places, reference(model, inputs, new_tokens=NEW))
     assert found == {"agreement": 1.0, "kl": 0.0, "first_divergence": float(NEW), "exact": 1.0}
 
 
@@ -129,7 +143,7 @@ def test_the_judge_lets_a_model_go() -> None:
     """A bench frees one model before it builds the next; a card need not hold both."""
     family = FAMILIES.load("internvl")()
     card = tiny_card(family)
-    model: Any = build_model(family, card, device="cpu", dtype="float32")
+    model: Any = build_model(card, device="cpu", dtype="float32")
     judge, prompt = Judge(), tiny_prompt(family, card)
     judge(model, prompt, build_pruner("topv:layer=1"), "current", sample="a", new_tokens=1, seed=0)
     seen = weakref.ref(model)

@@ -11,8 +11,9 @@ from asking import checkpoint, picture
 from safetensors.torch import save_file
 from typed import call
 
-from memprof.families import find_model, proving
-from memprof.families._build import build_model
+from memprof.families import proving
+from memprof.models.build import build_model
+from memprof.models.find import find
 
 
 @pytest.fixture(scope="module")
@@ -71,8 +72,8 @@ def test_a_folder_gets_everything_and_stdout_the_answers(
 def test_a_model_that_comes_with_its_weights_runs_where_others_are_predicted(
     capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
-    family, card = find_model("proving")
-    model = build_model(family, card, device="cpu", dtype="float32", seed=1)
+    card = find("proving")
+    model = build_model(card, device="cpu", dtype="float32", seed=1)
     save_file(model.state_dict(), tmp_path / "model.safetensors")
     shutil.copy(Path(proving.__file__).parent / "_proving" / "tokenizer.json", tmp_path)
     picture(80, 80).save(tmp_path / "scene.png")

@@ -49,3 +49,64 @@ def test_a_run_with_itself_is_refused(folder: Path, capsys: pytest.CaptureFixtur
     code, out, err = call(capsys, "diff", str(folder / "ai2d-topv"), str(folder / "ai2d-topv"))
     assert (code, out) == (2, "")
     assert "compared with itself" in err
+
+
+def test_more_than_allowed_ends_with_3_and_says_what_grew(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    code, out, err = call(
+        capsys, "diff", str(folder / "ai2d-topv"), str(folder / "ai2d-baseline"), "--fail-above", "2%"
+    )
+    assert code == 3
+    assert "dynamic peak of" in out
+    assert err.startswith("memprof: B takes more than A by more than 2%: dynamic peak of")
+    assert err.count("\n") == 1
+
+
+def test_what_is_allowed_ends_with_0(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    pair = str(folder / "ai2d-topv"), str(folder / "ai2d-baseline")
+    code, out, err = call(capsys, "diff", *pair, "--fail-above", "2%", "--fail-above", "900GiB")
+    assert (code, err) == (0, "")
+    code, less, _ = call(capsys, "diff", *reversed(pair), "--fail-above", "0%")
+    assert code == 0
+    assert "dynamic peak of" not in out + less
+
+
+def test_markdown_for_a_pull_request(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    pair = str(folder / "ai2d-topv"), str(folder / "ai2d-baseline")
+    code, out, _ = call(capsys, "diff", *pair, "--fail-above", "2%", "--format", "markdown")
+    assert code == 3
+    lines = out.splitlines()
+    assert lines[0] == "### Memory: grew by more than 2%"
+    head = next(line for line in lines if line.startswith("| what"))
+    assert len({line.count("|") for line in lines if line.startswith("|")}) == 1
+    assert "B - A" in head
+    assert any(line.startswith("| static") for line in lines)
+    _, held, _ = call(capsys, "diff", *pair, "--fail-above", "99GiB", "--format", "markdown")
+    assert held.splitlines()[0] == "### Memory: within 99GiB"
+    _, free, _ = call(capsys, "diff", *pair, "--format", "markdown")
+    assert "###" not in free
+
+
+def test_json_says_what_is_above(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    pair = str(folder / "ai2d-topv"), str(folder / "ai2d-baseline")
+    code, out, _ = call(capsys, "diff", *pair, "--fail-above", "2%", "--json")
+    assert code == 3
+    data = json.loads(out)
+    assert data["fail_above"] == "2%"
+    assert all(one["change"] == one["b"] - one["a"] > 0 for one in data["above"])
+    assert "above" not in json.loads(call(capsys, "diff", *pair, "--format", "json")[1])
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["--fail-above", "2"], "2%"),
+        (["--format", "pdf"], "valid: json, markdown, table"),
+        (["--format", "markdown", "--json"], "disagree"),
+    ],
+)
+def test_mistakes_are_one_line(
+    folder: Path, capsys: pytest.CaptureFixture[str], words: list[str], said: str
+) -> None:
+    code, out, err = call(capsys, "diff", str(folder / "ai2d-topv"), str(folder / "ai2d-baseline"), *words)
+    assert (code, out) == (2, "")
+    assert said in err

@@ -44,7 +44,7 @@ def test_report_writes_a_file_and_names_it(folder, tmp_path, capsys):
 
 
 def test_errors_say_what_is_valid(folder, tmp_path):
-    with pytest.raises(UnknownName, match="valid: chrome, csv, html, json, markdown, snapshot, table"):
+    with pytest.raises(UnknownName, match="valid: chrome, csv, html, json, latex, markdown, snapshot, table"):
         report.report([folder], format="xml")
     with pytest.raises(UsageError, match="--unit MB is for what is shown; a snapshot holds bytes"):
         report.report([folder], format="snapshot", unit="MB", output=tmp_path / "memory.pickle")
@@ -59,7 +59,7 @@ def test_plot_writes_figures_and_lists_them(folder, tmp_path, capsys):
     listed = capsys.readouterr().out.split()
     assert listed
     assert sorted(map(Path, listed)) == sorted((tmp_path / "plots").iterdir())
-    assert {Path(p).suffix for p in listed} == {".pdf", ".png", ".json"}
+    assert {Path(p).suffix for p in listed} == {".pdf", ".png", ".json", ".txt"}
 
 
 def test_plot_draws_again_from_data(folder, tmp_path, capsys):

@@ -10,9 +10,12 @@ import pytest
 import torch
 from typed import call
 
-from memprof.cli._options import resolve_device
+from memprof.api import resolve_device
+from memprof.bench import Bench
 from memprof.errors import DataError
-from memprof.runner import Bench
+from memprof.forecasts import Ask
+from memprof.models.find import find
+from memprof.pruning import method_name
 from memprof.store import find_runs, read_run
 
 
@@ -32,10 +35,11 @@ def failing(monkeypatch: pytest.MonkeyPatch, method: str, text_tokens: int | Non
     """Let ``method`` fail on the samples of so much text, or on all."""
     real = Bench.outcome
 
-    def outcome(self: Bench, spec: Any, pruner: Any, shape: Any, seed: int) -> Any:
-        if spec.method.startswith(method) and text_tokens in (None, shape.text_tokens - sum(self.card.template)):
+    def outcome(self: Bench, ask: Ask) -> Any:
+        asked = ask.shape.text_tokens - sum(self.model.template)
+        if method_name(ask.pruner) == method and text_tokens in (None, asked):
             raise DataError("the picture is broken")
-        return real(self, spec, pruner, shape, seed)
+        return real(self, ask)
 
     monkeypatch.setattr(Bench, "outcome", outcome)
 
@@ -96,13 +100,38 @@ def test_what_a_card_would_refuse_is_counted(
 ) -> None:
     real = Bench.outcome
 
-    def outcome(self: Bench, spec: Any, pruner: Any, shape: Any, seed: int) -> Any:
-        refused = "out of memory" if shape.text_tokens - sum(self.card.template) in tokens else None
-        return replace(real(self, spec, pruner, shape, seed), refused=refused)
+    def outcome(self: Bench, ask: Ask) -> Any:
+        refused = "out of memory" if ask.shape.text_tokens - sum(self.model.template) in tokens else None
+        found = real(self, ask)
+        return replace(found, memory=replace(found.memory, refused=refused))
 
     monkeypatch.setattr(Bench, "outcome", outcome)
     code, _, err = call(capsys, *words, "--gpu", "8GiB", "-o", "r")
     assert (code, err) == (4, f"memprof: {count} predicted not to fit on 8GiB; samples.jsonl says where\n")
+
+
+def test_out_of_memory_ends_with_5_only_where_nothing_ran(
+    capsys: pytest.CaptureFixture[str], words: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What a card refuses is one sample's; the others are done, and are a result."""
+    real, lost = Bench.outcome, set[int]()
+
+    def outcome(self: Bench, ask: Ask) -> Any:
+        if ask.shape.text_tokens - sum(self.model.template) in lost:
+            raise torch.cuda.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+        return real(self, ask)
+
+    monkeypatch.setattr(Bench, "outcome", outcome)
+    measured = [word if word != "sim" else "cpu" for word in words]
+    lost = {30}
+    code, out, err = call(capsys, *measured, "--method", "baseline", "-o", "some")
+    assert (code, "Baseline" in out) == (0, True)
+    assert "1 sample of 2 ran out of memory; the others are done" in err
+    assert [s.status for s in read_run(Path("some")).samples] == ["ok", "oom"]
+    lost = {20, 30}
+    code, _, err = call(capsys, *measured, "--method", "baseline", "-o", "none")
+    assert code == 5
+    assert err == "memprof: 2 samples ran out of memory; samples.jsonl says where\n"
 
 
 def test_shards_of_this_very_folder(capsys: pytest.CaptureFixture[str], words: list[str]) -> None:
@@ -129,8 +158,8 @@ def test_a_launchers_shard_is_announced(
 
 
 def test_a_card_to_predict_for_means_sim(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    assert resolve_device("auto", "internvl2-2b") == "cuda"
-    assert resolve_device("auto", "internvl2-2b", "h100") == "sim"
-    assert resolve_device("auto", "proving", "8GiB") == "sim"
-    assert resolve_device("cuda", "internvl2-2b", "h100") == "cuda"
+    monkeypatch.setattr("memprof.api.has_cuda", lambda: True)
+    assert resolve_device("auto", find("internvl2-2b")) == "cuda"
+    assert resolve_device("auto", find("internvl2-2b"), "h100") == "sim"
+    assert resolve_device("auto", find("proving"), "8GiB") == "sim"
+    assert resolve_device("cuda", find("internvl2-2b"), "h100") == "cuda"

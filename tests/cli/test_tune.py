@@ -7,19 +7,19 @@ import json
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
 
 import pytest
 from typed import call
 
 from memprof.analysis import fit as fits
+from memprof.bench import Bench
+from memprof.bench.outcome import Outcome, Standing
 from memprof.errors import BadValue, DataError, DoesNotFit
-from memprof.families import PromptShape
+from memprof.forecasts import Ask
+from memprof.gpus import ANY, CONTEXT_BYTES, calibrated, find_card
 from memprof.plugins import split_spec
 from memprof.pruning import method_spec, visual_tokens_per_layer
-from memprof.records import PARTS, Holder, RunSpec, TokenColumns
-from memprof.runner import Bench, Outcome
-from memprof.simulator.cards import ANY, CONTEXT_BYTES, find_card
+from memprof.records import PARTS, CardMemory, Holder, Memory, RunSpec, TokenColumns
 from memprof.tuning.preset import read_preset, write_preset
 from memprof.units import GIB, MIB
 
@@ -27,33 +27,27 @@ pytest.importorskip("optuna")
 STATIC = 4 * GIB
 
 
-class Meter:
-    static_bytes = STATIC
-
-
 @pytest.fixture
 def made_up(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Predictions by arithmetic: logits of what is kept, and a cache. Returns the methods that were asked for."""
     asked: list[str] = []
 
-    def outcome(self: Bench, spec: RunSpec, pruner: Any, shape: PromptShape, seed: int) -> Outcome:
+    def outcome(self: Bench, ask: Ask) -> Outcome:
+        pruner, shape = ask.pruner, ask.shape
         asked.append(method_spec(pruner))
         layers = visual_tokens_per_layer(pruner.stages(shape.visual_tokens, 24), shape.visual_tokens, 24)
         tokens = [shape.batch * (shape.text_tokens + n) for n in layers]
         cache = [4096 * n for n in tokens]
-        peak = STATIC + sum(cache) + (6 * 92553 * tokens[-1] if spec.stack == "paper" else 2**20)
+        peak = STATIC + sum(cache) + (6 * 92553 * tokens[-1] if ask.stack == "paper" else 2**20)
         columns = TokenColumns([peak, STATIC + sum(cache) + 98304], [peak] * 2, [peak + 64 * MIB] * 2)
         parts = dict.fromkeys(PARTS, 0) | {"logits": peak - STATIC}
         holder = Holder(peak - STATIC, "logits", "lm_head", "_to_copy", [1, tokens[-1], 92553], "float32", "prefill")
-        memory = {
-            "tokens": columns, "peak_parts": parts, "peak_holders": [holder], "kv_bytes_per_layer": cache,
-            "kv_tokens_found": tokens,
-        }  # fmt: skip
-        return Outcome(memory, None)
+        card = CardMemory(columns, 0, "prefill", 0, parts, {}, [holder], peak - STATIC)
+        return Outcome(Memory([card], layers, tokens, tokens, cache), None)
 
     monkeypatch.setattr(Bench, "outcome", outcome)
     monkeypatch.setattr(Bench, "foresee", lambda *_: None)
-    monkeypatch.setattr(Bench, "ready", lambda *_: (None, Meter()))
+    monkeypatch.setattr(Bench, "standing", lambda *_: Standing(STATIC, {}, "sdpa", {}))
     return asked
 
 
@@ -68,6 +62,8 @@ def test_the_largest_keep_that_fits(capsys: pytest.CaptureFixture[str], tmp_path
     assert found["schema"] == 1
     assert found["best"]["peak_allocated_bytes"] <= 5 * GIB
     assert 0.02 < found["best"]["params"]["keep"] < 1
+    for row in found["all_trials"]:
+        assert row["device_bytes"] == row["peak_reserved_bytes"] + calibrated(find_card(None)).context_bytes
     assert found["trials"] == len(found["all_trials"]) <= 10
     assert [row["peak_allocated_bytes"] for row in found["front"]] == sorted(
         row["peak_allocated_bytes"] for row in found["front"]
@@ -100,6 +96,8 @@ def test_a_table_and_a_figure_with_controls(
     )
     assert code == 0
     assert "memprof run --preset" in out
+    assert "total (GiB)" in out
+    assert "as nvidia-smi shows it" in out
     assert "uniform" in out
     (data,) = (tmp_path / "p").glob("*.json")
     drawn = json.loads(data.read_text())
@@ -118,7 +116,7 @@ def test_a_table_and_a_figure_with_controls(
         (["tune", "--max-loss", "0.1", "--device", "sim"], "trained weights"),
         (["tune", "--budget", "5GiB", "--objective", "speed"], "flops"),
         (["fit"], "--gpu"),
-        (["fit", "--gpu", "8"], "alone"),
+        (["fit", "--gpu", "8"], "unit"),
         (["fit", "--gpu", "8GiB", "--model", "gpt"], "internvl2-2b"),
     ],
 )
@@ -169,7 +167,7 @@ def test_what_fits_on_a_card(capsys: pytest.CaptureFixture[str], made_up: list[s
 def test_the_largest_batch(made_up: list[str]) -> None:
     spec = RunSpec(model="internvl2-2b", method="baseline", task="ai2d", device="sim", stack="paper")
     gpu = 12 * GIB
-    card = find_card(str(gpu))
+    card = find_card(f"{gpu}B")
     batch = {limit.name: limit for limit in fits.fit(spec, card, tiles=4).limits}["batch"]
     a_token = 24 * 4096 + 6 * 92553
     room = gpu - STATIC - 64 * MIB - 500 * MIB
@@ -192,7 +190,7 @@ def test_what_would_have_to_give(made_up: list[str]) -> None:
     with pytest.raises(DoesNotFit, match=r"weights of internvl2-2b alone, 4\.000 GiB .* 4-bit"):
         fits.fit(spec, find_card("2GiB"))
     with pytest.raises(DoesNotFit, match="not even one tile"):
-        fits.fit(spec, find_card(str(STATIC + 501 * MIB)))
+        fits.fit(spec, find_card(f"{STATIC + 501 * MIB}B"))
     with pytest.raises(BadValue, match="at least 1"):
         fits.fit(spec, find_card("8GiB"), tiles=0)
     with pytest.raises(BadValue, match="no limit"):

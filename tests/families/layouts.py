@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 from collections.abc import Mapping
 from pathlib import Path
@@ -11,8 +10,9 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
-from memprof.families import Card, find_model
-from memprof.families._build import build_model
+from memprof.families import Model
+from memprof.models.build import build_model
+from memprof.models.find import find
 
 TEXT = {
     "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3, "num_attention_heads": 4,
@@ -22,26 +22,25 @@ VISION = {"hidden_size": 24, "num_hidden_layers": 2, "num_attention_heads": 3, "
 TILE = 56
 
 
-def tiny(name: str, **text: Any) -> Card:
-    """The card ``name``, shrunk; its special tokens keep their distance from the end of the vocabulary."""
-    _, card = find_model(name)
+def tiny(name: str, **text: Any) -> Model:
+    """The model ``name``, shrunk; its special tokens keep their distance from the end of the vocabulary."""
+    card = find(name)
     text = {**TEXT, **text}
     behind = text["vocab_size"] - card.text["vocab_size"]
     ids = {k: max(0, v + behind) for k, v in card.text.items() if k in ("eos_token_id",)}
     square = isinstance(card.vision["image_size"], int)
-    image = {k: v + behind if k.startswith("image_token") else v for k, v in card.extra.items()}
-    return dataclasses.replace(
-        card,
-        text={**card.text, **text, **ids, "bos_token_id": 1, "pad_token_id": 2},
-        vision={**card.vision, **VISION, "image_size": TILE if square else [TILE, TILE]},
-        extra=image,
-    )
+    image = {k: v + behind for k, v in card.config.items() if k.startswith("image_token")}
+    tied = {"tie_word_embeddings": text["tie_word_embeddings"]} if "tie_word_embeddings" in text else {}
+    return card.but(
+        text={**text, **ids, "bos_token_id": 1, "pad_token_id": 2},
+        vision={**VISION, "image_size": TILE if square else [TILE, TILE]},
+        **image, **tied,
+    )  # fmt: skip
 
 
-def model_of(card: Card, seed: int = 0) -> Any:
+def model_of(card: Model, seed: int = 0) -> Any:
     """A random model of ``card`` in which every parameter matters."""
-    family, _ = find_model(card.name)
-    model: Any = build_model(family, card, device="cpu", dtype="float32", attention="eager", seed=seed)
+    model: Any = build_model(card, device="cpu", dtype="float32", attention="eager", seed=seed)
     model.tie_weights()
     draw = torch.Generator().manual_seed(seed)
     with torch.no_grad():
@@ -50,9 +49,9 @@ def model_of(card: Card, seed: int = 0) -> Any:
     return model
 
 
-def logits(model: Any, card: Card) -> torch.Tensor:
+def logits(model: Any, card: Model) -> torch.Tensor:
     """Logits of a fixed prompt with one image."""
-    family, _ = find_model(card.name)
+    family = find(card.name).family
     token, visual = family.image_token(card), family.side(card) ** 2
     ids = torch.tensor([[1, 5, 9, *[token] * visual, 11, 7]])
     pixels = torch.randn(1, 3, TILE, TILE, generator=torch.Generator().manual_seed(7))
@@ -115,7 +114,7 @@ def original_internvl(model: Any) -> dict[str, torch.Tensor]:
     return out
 
 
-def original_config(card: Card, kind: str, template: str) -> dict[str, Any]:
+def original_config(card: Model, kind: str, template: str) -> dict[str, Any]:
     """``config.json`` as OpenGVLab writes it; the language model is of type ``kind``."""
     text, vision = dict(card.text), card.vision
     rope = text.pop("rope_parameters")

@@ -16,20 +16,20 @@ from layouts import TEXT, logits, model_of, old_hf, original_config, original_in
 from safetensors.torch import load_file, save_file
 
 from memprof.errors import WeightsError
-from memprof.families import Card, find_model
-from memprof.families._build import build_model
-from memprof.families._checkpoint import card_from_checkpoint, config_from_checkpoint, load_checkpoint
+from memprof.families import Model
+from memprof.models.build import build_model
+from memprof.models.checkpoint import load_checkpoint
+from memprof.models.find import find
 
 ATTENTION = {"text_config": "eager", "vision_config": "sdpa"}
 
 
 def load(name: str, where: Path | str, dtype: str = "float32") -> Any:
     """What a user gets who names the published model and gives a path."""
-    family, card = find_model(name)
-    return load_checkpoint(family, card, str(where), device="cpu", dtype=dtype, attention=ATTENTION)
+    return load_checkpoint(find(name, str(where)), str(where), device="cpu", dtype=dtype, attention=ATTENTION)
 
 
-def assert_same(found: Any, wanted: Any, card: Card) -> None:
+def assert_same(found: Any, wanted: Any, card: Model) -> None:
     """Every parameter and buffer bit for bit, and so the logits."""
     assert found.state_dict().keys() == wanted.state_dict().keys()
     for name, tensor in wanted.state_dict().items():
@@ -60,13 +60,14 @@ def test_original_internvl(name: str, kind: str, template: str, shards: int, tmp
     found = load(name, tmp_path / "mine")
     assert_same(found, model, card)
     assert found.generation_config.eos_token_id == card.text["eos_token_id"]
-    family, published = find_model(name)
-    derived = card_from_checkpoint(family, published, str(tmp_path / "mine"))
+    published = find(name)
+    family = published.family
+    derived = find(name, str(tmp_path / "mine"))
     assert (derived.name, derived.title) == (name, f"{published.title} as in mine")
-    assert (derived.extra["chat"], derived.max_tiles, derived.dtype) == (template, 6, "bfloat16")
+    assert (derived.config["chat"], derived.max_tiles, derived.dtype) == (template, 6, "bfloat16")
     assert family.image_token(derived) == family.image_token(card)
     assert {key: derived.text[key] for key in TEXT} == TEXT
-    again = card_from_checkpoint(family, derived, str(tmp_path / "mine"))
+    again = find(derived.name, str(tmp_path / "mine"))
     assert again == derived  # so that who has the derived card may pass it on
 
 
@@ -81,22 +82,24 @@ def test_hf(name: str, names: str, tmp_path: Path) -> None:
 
 
 def test_sizes_like_the_cards_keep_its_title(tmp_path: Path) -> None:
-    family, card = find_model("llava-1.5-7b")
+    card = find("llava-1.5-7b")
+    family = card.family
     (tmp_path / "config.json").write_text(json.dumps(family.config(card).to_dict()))
-    found = card_from_checkpoint(family, card, str(tmp_path))
+    found = find(card.name, str(tmp_path))
     assert (found.title, found.source) == (card.title, f"configuration file of {tmp_path}")
 
 
 @pytest.mark.parametrize("name", ["internvl2-2b", "internvl3-8b", "llava-1.5-13b"])
 def test_a_card_and_its_configuration_say_the_same(name: str, tmp_path: Path) -> None:
-    family, card = find_model(name)
+    card = find(name)
+    family = card.family
     (tmp_path / "config.json").write_text(json.dumps(family.config(card).to_dict()))
-    assert config_from_checkpoint(family, card, str(tmp_path)).to_dict() == family.config(card).to_dict()
+    assert family.config(find(name, str(tmp_path))).to_dict() == family.config(card).to_dict()
 
 
 def test_random_weights_leave_the_card_alone() -> None:
-    family, card = find_model("internvl2-2b")
-    assert card_from_checkpoint(family, card, "random") is card
+    card = find("internvl2-2b")
+    assert find(card.name, "random") is card
 
 
 class TestTiedEmbeddings:
@@ -161,9 +164,9 @@ def test_every_parameter_has_its_own_storage(good: Path) -> None:
 
 
 def test_as_build_model_calls_it(good: Path) -> None:
-    family, card = find_model("internvl2-2b")
+    where = str(good / "model.safetensors")
     model: Any = build_model(
-        family, card, device="cpu", dtype="float32", weights=str(good / "model.safetensors"), attention="eager"
+        find("internvl2-2b", where), device="cpu", dtype="float32", weights=where, attention="eager"
     )
     assert model.config.text_config._attn_implementation == "eager"
     assert model.config.vision_config._attn_implementation == "sdpa"
@@ -174,10 +177,9 @@ def test_single_file_without_configuration_is_held_to_the_card(good: Path, tmp_p
     shutil.copy(good / "model.safetensors", tmp_path / "alone.safetensors")
     with pytest.raises(WeightsError, match=r"has shape .* of InternVL2-2B cannot have its"):
         load("internvl2-2b", tmp_path / "alone.safetensors")
-    family, _ = find_model("internvl2-2b")
     alone = str(tmp_path / "alone.safetensors")
     card = tiny("internvl2-2b")
-    model = load_checkpoint(family, card, alone, device="cpu", dtype="float32", attention=ATTENTION)
+    model = load_checkpoint(card, alone, device="cpu", dtype="float32", attention=ATTENTION)
     assert_same(model, model_of(card), card)
 
 
@@ -308,9 +310,9 @@ def test_vision_tower_of_another_kind(tmp_path: Path) -> None:
     config = model_of(tiny("llava-1.5-7b")).config.to_dict()
     config["vision_config"] = {"model_type": "siglip_vision_model"}
     (tmp_path / "config.json").write_text(json.dumps(config))
-    family, card = find_model("llava-1.5-7b")
+    card = find("llava-1.5-7b")
     with pytest.raises(WeightsError, match="siglip_vision_model"):
-        card_from_checkpoint(family, card, str(tmp_path))
+        find(card.name, str(tmp_path))
 
 
 def test_remote_code_is_never_run(good: Path, tmp_path: Path) -> None:
@@ -326,11 +328,10 @@ def test_remote_code_is_never_run(good: Path, tmp_path: Path) -> None:
 ASK = """
 import sys
 from memprof.errors import WeightsError
-from memprof.families import find_model
-from memprof.families._checkpoint import load_checkpoint
-family, card = find_model("internvl2-2b")
+from memprof.models.find import find
+from memprof.models.checkpoint import load_checkpoint
 try:
-    model = load_checkpoint(family, card, "hub", device="cpu", dtype="float32", attention="sdpa")
+    model = load_checkpoint(find("internvl2-2b", "hub"), "hub", device="cpu", dtype="float32", attention="sdpa")
     print(sum(p.numel() for p in model.parameters()))
 except WeightsError as error:
     print("error:", error)
@@ -364,16 +365,15 @@ def test_offline_and_cached(good: Path, tmp_path: Path) -> None:
 
 MEASURE = """
 import gc, sys
-from memprof.families import find_model
-from memprof.families._checkpoint import load_checkpoint
+from memprof.models.find import find
+from memprof.models.checkpoint import load_checkpoint
 
 def resident(key):
     with open("/proc/self/status") as status:
         return next(int(line.split()[1]) * 1024 for line in status if line.startswith(key))
 
-family, card = find_model("internvl2-2b")
 warm, big, dtype = sys.argv[1:]
-load = lambda where: load_checkpoint(family, card, where, device="cpu", dtype=dtype, attention="sdpa")
+load = lambda where: load_checkpoint(find("internvl2-2b", where), where, device="cpu", dtype=dtype, attention="sdpa")
 load(warm)
 gc.collect()
 with open("/proc/self/clear_refs", "w") as reset:

@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 import torch
 
-from memprof.families import find_model
-from memprof.families._checkpoint import card_from_checkpoint, load_checkpoint
+from memprof.models.checkpoint import load_checkpoint
+from memprof.models.find import find
 
 #: What float32 noise allows: the original's own float32 and float64 logits differ by 1.5e-5.
 CLOSE = {"rtol": 0.0, "atol": 1e-4}
@@ -28,8 +28,8 @@ def model(oracle: Path, request: pytest.FixtureRequest) -> Any:
 
 
 def load(folder: Path, attention: str = "eager") -> Any:
-    family, card = find_model("internvl2-2b")
-    return load_checkpoint(family, card, str(folder), device="cpu", dtype="float32", attention=attention)
+    card = find("internvl2-2b", str(folder))
+    return load_checkpoint(card, str(folder), device="cpu", dtype="float32", attention=attention)
 
 
 def arrays(file: Path) -> dict[str, torch.Tensor]:
@@ -49,8 +49,9 @@ def generate(model: Any, expected: dict[str, torch.Tensor], **inputs: torch.Tens
 
 
 def test_card_says_what_the_file_says(oracle: Path) -> None:
-    family, card = find_model("internvl2-2b")
-    found = card_from_checkpoint(family, card, str(oracle))
+    card = find("internvl2-2b")
+    family = card.family
+    found = find(card.name, str(oracle))
     facts = json.loads((oracle / "facts.json").read_text())
     assert found.name == card.name
     assert found.title == "InternVL2-2B as in internvl2"
@@ -143,8 +144,9 @@ def test_single_file_follows_the_configuration_beside_it(oracle: Path) -> None:
 
 def test_published_configuration_is_the_card(shared: Path) -> None:
     """The published config.json gives the card's own sizes, but for the 512 positions its carrier wrote in."""
-    family, card = find_model("internvl2-2b")
-    found = card_from_checkpoint(family, card, str(shared / "data" / "tokenizers" / "internvl2-2b"))
+    card = find("internvl2-2b")
+    family = card.family
+    found = find(card.name, str(shared / "data" / "tokenizers" / "internvl2-2b"))
     assert found.title == card.title
     same = ("vocab_size", "hidden_size", "num_hidden_layers", "num_key_value_heads", "eos_token_id", "rms_norm_eps")
     assert {k: found.text[k] for k in same} == {k: card.text[k] for k in same}

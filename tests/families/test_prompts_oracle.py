@@ -11,9 +11,12 @@ from typing import Any
 import numpy as np
 import pytest
 
-from memprof.families import PromptShape, find_model
-from memprof.families._text import Special, Tokenizer, load_tokenizer
+from memprof.families import Model
+from memprof.families._chat import Special, Tokenizer
 from memprof.families.internvl import InternVL
+from memprof.models.find import find
+from memprof.models.tokenizer import load_tokenizer
+from memprof.prompts import Image
 
 pytest.importorskip("sentencepiece")
 SHARED = Path(__file__).parents[3] / "shared"
@@ -29,7 +32,7 @@ EXTRA = {case["name"]: case for case in ORACLE.get("extra", [])}
 
 @pytest.fixture(scope="module")
 def tokenizer() -> Tokenizer:
-    return load_tokenizer(find_model("internvl2-2b")[1], str(SHARED / "data" / "tokenizers" / "internvl2-2b"))
+    return load_tokenizer(find("internvl2-2b"), str(SHARED / "data" / "tokenizers" / "internvl2-2b"))
 
 
 def expected_ids(case: dict[str, Any]) -> list[int]:
@@ -41,14 +44,21 @@ def expected_ids(case: dict[str, Any]) -> list[int]:
     return ids
 
 
-def shape(tiles: int) -> PromptShape:
-    return PromptShape(tiles, 1, max(1, tiles - 1), 256 * tiles, 41, 7)
+def image(tiles: int) -> Image:
+    return Image(((16, 16),) * tiles, 1, max(1, tiles - 1))
+
+
+def ids_of(model: Model, question: str, tiles: int, tokenizer: Tokenizer) -> list[int]:
+    shown = [image(tiles) if model.family.thumbnails else model.family.image(model, 1, 1)]
+    ids = model.family.written(model, question, shown if tiles else [], tokenizer).ids
+    assert ids is not None
+    return ids
 
 
 @pytest.mark.parametrize("case", PLAIN, ids=lambda c: f"{c['name']}-{c['num_patches_list'][0]}")
 def test_ids(case: dict[str, Any], tokenizer: Tokenizer) -> None:
-    family, card = find_model("internvl2-2b")
-    ids = family.prompt(card, case["question"], shape(case["num_patches_list"][0]), tokenizer)
+    card = find("internvl2-2b")
+    ids = ids_of(card, case["question"], case["num_patches_list"][0], tokenizer)
     assert ids == expected_ids(case)
 
 
@@ -59,34 +69,37 @@ def test_every_case_is_compared() -> None:
 
 
 def test_template_has_the_tokens_the_card_counts(tokenizer: Tokenizer) -> None:
-    family, card = find_model("internvl2-2b")
-    ids = np.array(family.prompt(card, "x", shape(1), tokenizer))
+    card = find("internvl2-2b")
+    family = card.family
+    ids = np.array(ids_of(card, "x", 1, tokenizer))
     visual = np.flatnonzero(ids == family.image_token(card))
     assert (visual[0], len(ids) - 1 - visual[-1]) == (card.template[0], card.template[1] + len(tokenizer.encode("x")))
 
 
 def test_no_image(tokenizer: Tokenizer) -> None:
-    family, card = find_model("internvl2-2b")
+    card = find("internvl2-2b")
     case = EXTRA["text_only"]
-    assert family.prompt(card, case["question"], shape(0), tokenizer) == expected_ids(case)
+    assert ids_of(card, case["question"], 0, tokenizer) == expected_ids(case)
 
 
 def test_several_images(tokenizer: Tokenizer) -> None:
-    family, card = find_model("internvl2-2b")
+    card = find("internvl2-2b")
+    family = card.family
     assert isinstance(family, InternVL)
     case = EXTRA["two_images"]
     first, second, rest = case["question"].split("<image>")
-    images = [family.image(card, 256 * tiles) for tiles in case["num_patches_list"]]
+    images = [family.placeholders(card, image(tiles)) for tiles in case["num_patches_list"]]
     turn = (first, *images[0], second, *images[1], rest)
     assert family.conversation(card, [(turn, None)], tokenizer) == expected_ids(case)
 
 
 def test_history(tokenizer: Tokenizer) -> None:
-    family, card = find_model("internvl2-2b")
+    card = find("internvl2-2b")
+    family = card.family
     assert isinstance(family, InternVL)
     case = EXTRA["second_turn"]
     [(asked, answer)] = case["history"]
-    before = (*family.image(card, 256 * case["num_patches_list"][0]), asked.removeprefix("<image>"))
+    before = (*family.placeholders(card, image(case["num_patches_list"][0])), asked.removeprefix("<image>"))
     turns = [(before, answer), ((case["question"],), None)]
     assert family.conversation(card, turns, tokenizer) == expected_ids(case)
 
@@ -97,16 +110,17 @@ SPECIAL_LOOKING = [case for case in ORACLE.get("cases", []) if case["name"] == T
 @pytest.mark.parametrize("case", SPECIAL_LOOKING, ids=lambda c: str(c["num_patches_list"][0]))
 class TestQuestionThatSpellsSpecialTokens:
     def test_it_stays_text(self, case: dict[str, Any], tokenizer: Tokenizer) -> None:
-        family, card = find_model("internvl2-2b")
+        card = find("internvl2-2b")
         tiles = case["num_patches_list"][0]
-        ids = family.prompt(card, case["question"], shape(tiles), tokenizer)
-        plain = family.prompt(card, "x", shape(tiles), tokenizer)
+        ids = ids_of(card, case["question"], tiles, tokenizer)
+        plain = ids_of(card, "x", tiles, tokenizer)
         special = set(ORACLE["special_token_ids"].values())
         assert [id for id in ids if id in special] == [id for id in plain if id in special]
         assert case["question"] in tokenizer.decode(ids)
 
     def test_said_as_special_tokens_it_is_the_references(self, case: dict[str, Any], tokenizer: Tokenizer) -> None:
-        family, card = find_model("internvl2-2b")
+        card = find("internvl2-2b")
+        family = card.family
         assert isinstance(family, InternVL)
         before, after = case["question"].split("<image>", 1)
         names = ORACLE["special_token_ids"] | {"[UNUSED_TOKEN_146]": 92543}
@@ -115,8 +129,8 @@ class TestQuestionThatSpellsSpecialTokens:
         def parts(text: str) -> list[Any]:
             return [Special(names[piece]) if piece in names else piece for piece in split.split(text) if piece]
 
-        image = family.image(card, 256 * case["num_patches_list"][0])
-        turn = [*parts(before), *image, *parts(after)]
+        shown = family.placeholders(card, image(case["num_patches_list"][0]))
+        turn = [*parts(before), *shown, *parts(after)]
         assert family.conversation(card, [(turn, None)], tokenizer) == expected_ids(case)
 
 
@@ -128,7 +142,7 @@ def test_decoding(case: dict[str, Any], tokenizer: Tokenizer) -> None:
 def test_sentencepiece_and_json_agree(tmp_path: Path) -> None:
     """Llama's tokenizer comes in both forms, and LLaVA's prompt is the same through either."""
     source = SHARED / "data" / "tokenizers" / "llama2"
-    family, card = find_model("llava-1.5-7b")
+    card = find("llava-1.5-7b")
     (tmp_path / "json").mkdir()
     (tmp_path / "sp").mkdir()
     for folder, name in (("json", "tokenizer.json"), ("sp", "tokenizer.model")):
@@ -136,7 +150,7 @@ def test_sentencepiece_and_json_agree(tmp_path: Path) -> None:
         (tmp_path / folder / "tokenizer_config.json").symlink_to(source / "tokenizer_config.json")
     one, two = (load_tokenizer(card, str(tmp_path / folder)) for folder in ("json", "sp"))
     for case in ORACLE["cases"][::2]:
-        prompts = [family.prompt(card, case["question"], PromptShape(1, 1, 1, 576, 5, 7), t) for t in (one, two)]
+        prompts = [ids_of(card, case["question"], 1, t) for t in (one, two)]
         assert prompts[0] == prompts[1]
         assert one.decode(prompts[0][-9:]) == two.decode(prompts[1][-9:])
         assert prompts[0][:5] == [1, 3148, 1001, 29901, 29871]
@@ -144,9 +158,10 @@ def test_sentencepiece_and_json_agree(tmp_path: Path) -> None:
 
 
 def test_llava_template_has_the_tokens_the_card_counts() -> None:
-    family, card = find_model("llava-1.5-7b")
+    card = find("llava-1.5-7b")
+    family = card.family
     tokenizer = load_tokenizer(card, str(SHARED / "data" / "tokenizers" / "llama2"))
-    ids = np.array(family.prompt(card, "What is this?", PromptShape(1, 1, 1, 576, 5, 7), tokenizer))
+    ids = np.array(ids_of(card, "What is this?", 1, tokenizer))
     visual = np.flatnonzero(ids == family.image_token(card))
     asked = 4  # "What is this?", without the prefix space of its own
     assert (visual[0], len(ids) - 1 - visual[-1]) == (card.template[0], card.template[1] + asked)

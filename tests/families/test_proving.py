@@ -12,9 +12,8 @@ import torch
 from safetensors import safe_open
 
 from memprof.analysis.fidelity import Judge
+from memprof.bench.generate import place
 from memprof.errors import BadValue
-from memprof.families._checkpoint import load_checkpoint
-from memprof.families._proving import SelfContained
 from memprof.families._proving.drawing import (
     CHARACTERS,
     HELD_OUT,
@@ -25,14 +24,16 @@ from memprof.families._proving.drawing import (
     last_question,
     read_question,
 )
-from memprof.families._text import read_tokenizer
 from memprof.families.proving import VOCABULARY, Proving
+from memprof.models.checkpoint import load_checkpoint
+from memprof.models.find import find
+from memprof.models.tokenizer import read_tokenizer
 from memprof.pruning import build_pruner
 from memprof.records import RunSpec, summarize
-from memprof.runner import make_prompt, place, run
+from memprof.runner import run
 
 FAMILY = Proving()
-CARD = FAMILY.cards["proving"]
+CARD = find("proving")
 SHIPPED = FAMILY.shipped(CARD)
 
 
@@ -51,7 +52,7 @@ def training() -> Any:
 
 @pytest.fixture(scope="module")
 def model() -> Any:
-    return load_checkpoint(FAMILY, CARD, str(SHIPPED), device="cpu", dtype="float32", attention="sdpa")
+    return load_checkpoint(CARD, str(SHIPPED), device="cpu", dtype="float32", attention="sdpa")
 
 
 @pytest.fixture(scope="module")
@@ -112,11 +113,11 @@ def test_one_tile_whatever_the_picture() -> None:
         shape = FAMILY.shape(CARD, width, height, 2, 12)
         assert (shape.tiles, shape.visual_tokens, shape.length) == (1, 100, 105)
     picture = draw_scene(3).image()
-    pixels = FAMILY.pixels(CARD, shape, picture)
+    pixels = FAMILY.pixels(CARD, shape.images[0], picture)
     assert isinstance(pixels, np.ndarray)
     assert pixels.shape == (1, 3, SIZE, SIZE)
-    assert FAMILY.pixels(CARD, shape, None) == pixels.shape
-    assert FAMILY.visual_positions(CARD, shape)[12].tolist() == pytest.approx([0.25, 0.15])
+    assert FAMILY.pixels(CARD, shape.images[0], None) == pixels.shape
+    assert FAMILY.positions(shape.images[0])[12].tolist() == pytest.approx([0.25, 0.15])
 
 
 def test_a_run_asks_what_training_taught(training: Any) -> None:
@@ -124,15 +125,15 @@ def test_a_run_asks_what_training_taught(training: Any) -> None:
     batch = training.make_batch([HELD_OUT])
     own = FAMILY.own_questions("ocrbench", 1)[0]
     shape = FAMILY.shape(CARD, *own.size(), len(tokenizer.encode(own.question().text)), None)
-    ids = FAMILY.prompt(CARD, own.question().text, shape, tokenizer)
+    ids = FAMILY.written(CARD, own.question().text, shape.images, tokenizer).ids
     assert len(ids) == shape.length
     assert batch.ids[0, : len(ids)].tolist() == ids
-    pixels = FAMILY.pixels(CARD, shape, own.image())
+    pixels = FAMILY.pixels(CARD, shape.images[0], own.image())
     assert (batch.pixels[0].numpy() == pixels[0]).all()
 
 
 def test_own_questions() -> None:
-    assert isinstance(FAMILY, SelfContained)
+    assert FAMILY.shipped(CARD) == SHIPPED
     assert len(FAMILY.own_questions("ai2d")) == 64
     reads, lasts = FAMILY.own_questions("ocrbench", 20), FAMILY.own_questions("ai2d", 20)
     assert len({own.id for own in reads}) == 20
@@ -226,9 +227,7 @@ def test_greedy_answers_are_right(model: Any, report: dict[str, Any]) -> None:
     for own in FAMILY.own_questions("ocrbench", 20):
         asked = own.question()
         shape = FAMILY.shape(CARD, *own.size(), len(tokenizer.encode(asked.text)), None)
-        prompt = make_prompt(
-            FAMILY, CARD, shape, ids=FAMILY.prompt(CARD, asked.text, shape, tokenizer), image=own.image()
-        )
+        prompt = FAMILY.written(CARD, asked.text, shape.images, tokenizer, [own.image()])
         out = model.generate(**place(prompt, model), max_new_tokens=16, do_sample=False)
         right += tokenizer.decode(out[0, shape.length :].tolist()) == asked.answer
     assert right / 20 >= report["gates"]["read"] - 0.2
@@ -256,9 +255,7 @@ def test_pruning_what_is_read_loses_the_answer(model: Any) -> None:
     for own in FAMILY.own_questions("ocrbench", 4):
         asked = own.question()
         shape = FAMILY.shape(CARD, *own.size(), len(tokenizer.encode(asked.text)), None)
-        prompt = make_prompt(
-            FAMILY, CARD, shape, ids=FAMILY.prompt(CARD, asked.text, shape, tokenizer), image=own.image()
-        )
+        prompt = FAMILY.written(CARD, asked.text, shape.images, tokenizer, [own.image()])
         few, many = (
             judge(model, prompt, build_pruner(f"topv:keep={keep}"), "current", sample=own.id, new_tokens=8, seed=0)
             for keep in (0.01, 0.75)

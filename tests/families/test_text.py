@@ -13,23 +13,17 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from memprof.errors import WeightsError
-from memprof.families import PromptShape, find_model
-from memprof.families._text import (
-    CHATS,
-    Special,
-    Tokenizer,
-    encode_parts,
-    load_tokenizer,
-    read_tokenizer,
-    special_tokens,
-)
-from memprof.families.internvl import InternVL
+from memprof.families._chat import Special, Tokenizer, encode_parts
+from memprof.families.internvl import CHATS, InternVL
+from memprof.models.find import find
+from memprof.models.tokenizer import load_tokenizer, read_tokenizer, special_tokens
+from memprof.prompts import Image
 
 SPECIAL = ["<unk>", "<s>", "</s>", "<|im_start|>", "<|im_end|>", "<img>", "</img>", "<IMG_CONTEXT>", "<image>"]
 WORDS = ["user", "assistant", "system", "USER", "ASSISTANT", ":", "\n", " ", "what", "is", "this", "?", "cat", "[", "]",
          "<", ">", "|", "im_end", "[SPELT]"]  # fmt: skip
-ONE = PromptShape(1, 1, 1, 4, 41, 7)
-NONE = PromptShape(0, 0, 0, 0, 41, 7)
+ONE = [Image(((2, 2),))]
+NONE: list[Image] = []
 
 
 def write_words(folder: Path, *, bos: bool = True) -> Path:
@@ -106,28 +100,33 @@ def spell(ids: list[int]) -> str:
     ],
 )
 def test_internvl(name: str, before: str, between: str, words: Tokenizer) -> None:
-    family, card = find_model(name)
+    card = find(name)
+    family = card.family
     context = SPECIAL.index("<IMG_CONTEXT>")
-    system = CHATS[card.extra["chat"]].system
+    system = CHATS[card.config["chat"]].system
     opening = before.format(s="" if system is None else spell(words.encode(system))) + "<|im_start|>user\n"
     after = f"<|im_end|>{between}<|im_start|>assistant\n"
-    ids = [context if id == family.image_token(card) else id for id in family.prompt(card, "what is this?", ONE, words)]
+    asked = family.written(card, "what is this?", ONE, words).ids
+    ids = [context if id == family.image_token(card) else id for id in asked]
     assert spell(ids) == f"{opening}<img>{'<IMG_CONTEXT>' * 4}</img>\nwhat is this?{after}"
-    assert spell(family.prompt(card, "what?", NONE, words)) == f"{opening}what?{after}"
+    assert spell(family.written(card, "what?", NONE, words).ids) == f"{opening}what?{after}"
 
 
 def test_llava(words: Tokenizer) -> None:
-    family, card = find_model("llava-1.5-7b")
+    card = find("llava-1.5-7b")
+    family = card.family
     image = SPECIAL.index("<image>")
-    ids = [image if id == family.image_token(card) else id for id in family.prompt(card, "what is this?", ONE, words)]
+    asked = family.written(card, "what is this?", ONE, words).ids
+    ids = [image if id == family.image_token(card) else id for id in asked]
     assert spell(ids) == f"<s>USER: {'<image>' * 4}\nwhat is this? ASSISTANT:"
-    assert spell(family.prompt(card, "what?", NONE, words)) == "<s>USER: what? ASSISTANT:"
+    assert spell(family.written(card, "what?", NONE, words).ids) == "<s>USER: what? ASSISTANT:"
 
 
 def test_conversation(words: Tokenizer) -> None:
-    family, card = find_model("internvl3-2b")
+    card = find("internvl3-2b")
+    family = card.family
     assert isinstance(family, InternVL)
-    one, two = family.image(card, 1), family.image(card, 2)
+    one, two = (family.placeholders(card, Image(((n, 1),))) for n in (1, 2))
     ids = family.conversation(card, [(("[", *one, "]", *two, "what?"), "cat"), (("is this?",), None)], words)
     drawn = [SPECIAL.index("<IMG_CONTEXT>") if id == family.image_token(card) else id for id in ids]
     assert spell(drawn) == (
@@ -226,7 +225,7 @@ def test_json_comes_before_sentencepiece(tmp_path: Path) -> None:
 
 
 def test_by_path_of_folder_or_file(tmp_path: Path) -> None:
-    _, card = find_model("internvl2-2b")
+    card = find("internvl2-2b")
     write_words(tmp_path)
     (tmp_path / "model.safetensors").touch()
     for weights in (tmp_path, tmp_path / "model.safetensors"):

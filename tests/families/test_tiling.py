@@ -14,8 +14,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from memprof.families import find_model
 from memprof.families._tiling import candidates, choose_grid, cut_tiles, normalise
+from memprof.models.find import find
 
 EDGE = st.integers(1, 5000)
 MOST = st.sampled_from([1, 2, 6, 12, 24])
@@ -33,14 +33,15 @@ def oracle(folder: Path) -> dict[str, Any]:
 
 class TestOracle:
     def test_every_size(self, oracle: dict[str, Any]) -> None:
-        family, card = find_model("internvl2-2b")
+        card = find("internvl2-2b")
+        family = card.family
         compared = 0
         for case in oracle["cases"]:
             for most, expected in case["by_max_num"].items():
-                shape = family.shape(card, case["width"], case["height"], 0, int(most))
-                found = {"cols": shape.columns, "rows": shape.rows, "tiles": shape.tiles}
+                image = family.image(card, case["width"], case["height"], int(most))
+                found = {"cols": image.columns, "rows": image.rows, "tiles": image.tiles}
                 assert found == expected, (case["width"], case["height"], most)
-                assert shape.visual_tokens == 256 * shape.tiles
+                assert image.tokens == 256 * image.tiles
                 compared += 1
         assert compared == 496
 
@@ -49,14 +50,15 @@ class TestOracle:
             assert [list(grid) for grid in candidates(int(most))] == order
 
     def test_pixels(self, oracle: dict[str, Any], folder: Path) -> None:
-        family, card = find_model("internvl2-2b")
+        card = find("internvl2-2b")
+        family = card.family
         same_pillow = oracle["versions"]["pillow"] == PIL.__version__  # its bicubic filter decides single bits
         probes = oracle["pixel_check"]["probes_yx"]
         for case in oracle["pixel_check"]["images"]:
             with Image.open(folder / case["image"]) as image:
-                shape = family.shape(card, *image.size, 0, case["max_num"])
-                tiles = cut_tiles(image, shape.columns, shape.rows)
-                pixels = family.pixels(card, shape, image)
+                cut = family.image(card, *image.size, case["max_num"])
+                tiles = cut_tiles(image, cut.columns, cut.rows)
+                pixels = family.pixels(card, cut, image)
             assert isinstance(pixels, np.ndarray)
             assert (len(tiles), pixels.shape) == (case["n_tiles"], (case["n_tiles"], 3, 448, 448))
             for tile, values, expected in zip(tiles, pixels, case["tiles"], strict=True):
@@ -102,12 +104,13 @@ def test_a_grid_is_a_candidate_and_none_is_closer(width: int, height: int, most:
 
 @given(EDGE, EDGE, MOST)
 def test_tiles_and_tokens_follow_from_the_grid(width: int, height: int, most: int) -> None:
-    family, card = find_model("internvl2-2b")
+    card = find("internvl2-2b")
+    family = card.family
     shape = family.shape(card, width, height, 5, most)
-    cut = shape.columns * shape.rows
+    cut = shape.images[0].columns * shape.images[0].rows
     assert shape.tiles == (cut if cut == 1 else cut + 1) <= most + 1
     assert shape.visual_tokens == 256 * shape.tiles
-    assert len(family.visual_positions(card, shape)) == shape.visual_tokens
+    assert len(family.positions(shape.images[0])) == shape.visual_tokens
 
 
 @given(st.integers(1, 24))

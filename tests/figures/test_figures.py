@@ -8,15 +8,16 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 from synthetic import METHODS, NASTY, STATIC, make_run, make_runs
 
 from memprof import figures
 from memprof.errors import BadValue, DataError
-from memprof.figures import facts, palette
 from memprof.figures.style import Look, fill_lines, text_width
 from memprof.pruning import METHODS as PRUNERS
 from memprof.records import PARTS, Run, RunRecord, RunSpec, SampleRecord
+from memprof.telling import facts, palette
 
 HERE = Path(__file__).parent
 
@@ -37,7 +38,7 @@ def test_every_figure_is_planned_with_its_provenance(planned):
         assert origin["status"] == "predicted"
         assert (origin["torch"], origin["transformers"], origin["memprof"]) == ("2.13.0", "5.23.0", "0.1.0")
         phrases = " ".join(facts.provenance_lines(origin))
-        for word in ("InternVL2-2B", "bundled sample", "stack paper", "bfloat16", "predicted on sim", "1 failed"):
+        for word in ("InternVL2-2B", "bundled sample", "stack paper", "bfloat16", "predicted for", "1 failed"):
             assert word in phrases
         assert json.loads(json.dumps(data)) == data
 
@@ -241,3 +242,138 @@ def test_data_files_are_checked(tmp_path):
         figures.read_data(tmp_path / "a.json")
     with pytest.raises(DataError, match="cannot read"):
         figures.read_data(tmp_path / "none.json")
+
+
+def test_for_print_title_and_origin_go_to_the_caption_file(runs, tmp_path):
+    (data,) = [d for d in figures.plan(runs) if d["kind"] == "breakdown" and "ai2d" in d["name"]]
+    files = list(figures.draw_data([data], tmp_path, formats=("pdf", "png"), caption=False))
+    assert {f.suffix for f in files} == {".pdf", ".png", ".txt", ".json"}
+    said = next(f for f in files if f.suffix == ".txt").read_text()
+    assert said.startswith(data["title"])
+    assert "predicted" in said
+    look = Look.of(caption=False)
+    with look.settings():
+        drawn = figures.KINDS.load("breakdown")().paint(data, look)
+    assert not any(data["title"] in text.get_text() for text in drawn.texts)
+    assert b"InternVL2-2B" in next(f for f in files if f.suffix == ".png").read_bytes()
+
+
+def test_a_style_keeps_its_former_name(tmp_path):
+    assert Look.of("paper") == Look.of("print")
+
+
+@pytest.mark.parametrize("width", ["single", "double"])
+def test_slides_are_as_wide_as_a_screen(runs, width):
+    look = Look.of("slides", width, caption=False)
+    for data in figures.plan(runs[:3]):
+        with look.settings():
+            size = figures.KINDS.load(data["kind"])().paint(data, look).get_size_inches()
+        assert size[0] / size[1] == pytest.approx(16 / 9, rel=0.01), data["name"]
+
+
+def test_many_samples_are_a_band_that_holds_every_peak():
+    from memprof.figures.bands import MANY, band
+
+    values = [float((7 * i) % 101) for i in range(MANY + 37)]
+    found = band(values)
+    assert max(found.high) == max(values)
+    assert min(found.low) == min(values)
+    rows = zip(found.low, found.first, found.median, found.third, found.high, strict=True)
+    assert all(list(row) == sorted(row) for row in rows)
+    assert band([1.0, None, 3.0]).median[0] == 1.0
+
+
+def painted(kind, data, *look):
+    wanted = Look.of(*look)
+    with wanted.settings():
+        drawn = figures.KINDS.load(kind)().paint(next(d for d in data if d["kind"] == kind), wanted)
+        drawn.canvas.draw()
+    return drawn
+
+
+def test_a_band_of_many_samples_names_each_of_its_tints():
+    from matplotlib.colors import to_hex
+    from matplotlib.patches import Rectangle, StepPatch
+
+    drawn = painted("memory-curve", figures.plan([make_run(samples=401, tokens=1)]))
+    said = [text.get_text() for text in drawn.texts]
+    assert {"half of them", "all"} <= set(said)
+    keys = {to_hex(patch.get_facecolor()) for patch in drawn.findobj(Rectangle)}
+    assert {to_hex(patch.get_facecolor()) for patch in drawn.findobj(StepPatch) if patch.get_fill()} <= keys
+
+
+def test_many_samples_lie_in_the_order_of_baselines_peaks():
+    from matplotlib.patches import StepPatch
+
+    drawn = painted("overlay", figures.plan(make_runs(("ai2d",), samples=401, tokens=1)))
+    lines = [patch.get_data().values for patch in drawn.findobj(StepPatch) if not patch.get_fill()]
+    assert any((values[1:] >= values[:-1]).all() for values in map(np.asarray, lines))
+    assert any(axes.get_xlabel() == "samples by rising peak under Baseline (400)" for axes in drawn.axes)
+
+
+def test_no_value_stands_below_a_broken_axis():
+    (data,) = (d for d in figures.plan([make_run(samples=4, tokens=3)]) if d["kind"] == "memory-curve")
+    low, high = data["axis_bytes"]
+    assert low > 0
+    for foot in (4.0, 4.0005, 3.999):  # where a round number falls on the foot, or beside it
+        data["axis_bytes"] = [int(foot * 2**30), high]
+        (axes,) = painted("memory-curve", [data]).axes
+        assert all(tick > foot + 0.05 for tick in axes.get_yticks())
+
+
+def test_four_panels_are_two_and_two():
+    methods = (*METHODS, "random:keep=0.5")
+    drawn = painted("over-tokens", figures.plan(make_runs(("ai2d",), methods, samples=2, tokens=2)))
+    rows = {round(axes.get_position().y0, 3) for axes in drawn.axes}
+    columns = {round(axes.get_position().x0, 3) for axes in drawn.axes}
+    assert (len(rows), len(columns)) in ((1, 4), (2, 2))
+
+
+def test_equal_methods_share_one_line_with_both_names():
+    data = figures.plan(make_runs(("ai2d",), (METHODS[0], "random:keep=0.5", "uniform:keep=0.5"), samples=5, tokens=3))
+    overlay = next(d for d in data if d["kind"] == "overlay")
+    look = Look.of()
+    with look.settings():
+        drawn = figures.KINDS.load("overlay")().paint(overlay, look)
+    names = [text.get_text() for axes in drawn.axes for text in axes.texts]
+    assert "Random,\nUniform" in names
+
+
+def test_in_every_sample_the_lower_methods_line_lies_in_front() -> None:
+    from matplotlib.collections import LineCollection
+    from matplotlib.colors import to_hex
+
+    data = figures.plan(make_runs(("ai2d",), METHODS[:2], samples=8, tokens=3))
+    overlay = next(d for d in data if d["kind"] == "overlay")
+    low, high = overlay["series"]  # FastV above Baseline, but for one sample
+    for column in (low["token_peak_bytes"], high["token_peak_bytes"]):
+        assert None not in column
+    high["sample_peak_bytes"][2] = low["sample_peak_bytes"][2] // 2
+    look = Look.of()
+    with look.settings():
+        drawn = figures.KINDS.load("overlay")().paint(overlay, look)
+    (lines,) = (c for axes in drawn.axes for c in axes.collections if isinstance(c, LineCollection))
+    started = overlay["samples"][2]["start"], overlay["samples"][4]["start"]
+    pieces = [*zip(lines.get_segments(), map(to_hex, lines.get_colors()), strict=True)]
+    front = {start: [colour for path, colour in pieces if path[0][0] == start] for start in started}
+    baseline, fastv = palette.method_colour("baseline").lower(), palette.method_colour("fastv").lower()
+    assert front == {started[0]: [baseline, fastv], started[1]: [fastv, baseline]}
+
+
+def test_a_value_stands_right_below_its_name_however_tall_the_panel() -> None:
+    data = next(d for d in figures.plan(make_runs(("ai2d",), samples=3, tokens=3)) if d["kind"] == "over-tokens")
+    for style in ("print", "slides"):
+        look = Look.of(style, "double")
+        with look.settings():
+            drawn = figures.KINDS.load("over-tokens")().paint(data, look)
+            drawn.canvas.draw()
+            name, value = (text.get_window_extent() for text in drawn.axes[0].texts)
+        assert 0 < name.y0 - value.y0 < 2 * name.height
+
+
+def test_the_unit_follows_the_figures_own_peak(tmp_path):
+    run = make_run(samples=2, tokens=2)
+    for sample in run.samples:
+        sample.dynamic_peak_bytes //= 2000
+    (data,) = [d for d in figures.plan([run]) if d["kind"] == "breakdown"]
+    assert figures._highest(data) == max(s.dynamic_peak_bytes for s in run.finished)

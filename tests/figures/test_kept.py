@@ -9,7 +9,7 @@ from memprof.asked import Grid
 from memprof.figures.kept import cell_pixels, cells, colours, corners, draw, staying, veil_of
 
 #: Two columns, three rows, a thumbnail; 4 x 4 tokens a tile.
-GRID = Grid(columns=2, rows=3, thumbnail=True, side=4)
+GRID = Grid(columns=2, rows=3, thumbnail=True, across=4, down=4)
 
 
 def tiles_of(grid: Grid, shade: int = 200) -> np.ndarray:
@@ -25,8 +25,8 @@ def middles(grid: Grid) -> list[tuple[int, int]]:
     return [
         (x + edge * column + edge // 2, y + edge * row + edge // 2)
         for x, y in zip(*corners(grid, edge), strict=True)
-        for row in range(grid.side)
-        for column in range(grid.side)
+        for row in range(grid.down)
+        for column in range(grid.across)
     ]
 
 
@@ -76,16 +76,16 @@ def test_a_legend_is_set_below_on_white_and_broken_where_it_is_too_long() -> Non
 
 
 def test_cells_measure_no_more_than_fits() -> None:
-    assert cell_pixels(Grid(1, 1, False, 10)) == 32
-    assert cell_pixels(Grid(12, 1, True, 16)) == 3
-    assert draw(np.zeros((13, 32, 32, 3), dtype=np.uint8), Grid(12, 1, True, 16), []).width < 800
+    assert cell_pixels(Grid(1, 1, False, 10, 10)) == 32
+    assert cell_pixels(Grid(12, 1, True, 16, 16)) == 3
+    assert draw(np.zeros((13, 32, 32, 3), dtype=np.uint8), Grid(12, 1, True, 16, 16), []).width < 800
 
 
 def test_colours_are_means_under_each_token() -> None:
     tiles = np.zeros((1, 4, 4, 3), dtype=np.uint8)
     tiles[0, :2, 2:] = [10, 20, 30]
     tiles[0, 0, 2] = [50, 20, 30]
-    assert colours(tiles, Grid(1, 1, False, 2)).tolist() == [[0, 0, 0], [20, 20, 30], [0, 0, 0], [0, 0, 0]]
+    assert colours(tiles, Grid(1, 1, False, 2, 2)).tolist() == [[0, 0, 0], [20, 20, 30], [0, 0, 0], [0, 0, 0]]
 
 
 def test_a_map_has_a_cell_for_each_token_where_there_is_room() -> None:
@@ -107,3 +107,17 @@ def test_a_narrow_map_takes_squares_of_tokens_together() -> None:
     assert (pool, found.shape) == (2, (8, 9, 1))
     assert found[:2, :2, 0].tolist() == [[1, 0.25], [0, 0]]
     assert cells(GRID, np.zeros(GRID.tokens), 1)[1] == 4  # as coarse as it gets: a cell a tile
+
+
+def test_a_grid_of_any_size_is_drawn_and_pooled_without_mixing_what_lies_apart() -> None:
+    grid = Grid(1, 1, False, across=5, down=3)
+    tiles = np.zeros((1, 3 * 14, 5 * 14, 3), dtype=np.uint8)
+    assert draw(tiles, grid, [0]).size == (5 * 32 + 2, 3 * 32 + 2)
+    assert colours(tiles, grid).shape == (15, 3)
+    values = np.arange(15.0)
+    whole, pool = cells(grid, values, 5)
+    assert pool == 1
+    assert whole[:, :, 0].tolist() == values.reshape(3, 5).tolist()
+    small, pool = cells(grid, values, 3)
+    assert pool == 2
+    assert small[:, :, 0].tolist() == [[3.0, 5.0, 6.5], [10.5, 12.5, 14.0]]

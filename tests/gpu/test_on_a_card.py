@@ -14,16 +14,21 @@ import pytest
 import torch
 from tiny import state_of, tiny_card, tiny_model, tiny_prompt
 
-from memprof import runner
-from memprof.analysis.snapshot import check_replay
-from memprof.analysis.validate import HISTORY, compare, predict, read_history
+import memprof
+from memprof.analysis.validate import compare, predict
+from memprof.bench.generate import place, profile_prompt
+from memprof.bench.outcome import release
 from memprof.cli import main
-from memprof.families import find_model
 from memprof.meters.cuda import ATTRIBUTIONS, CudaMeter, PeakCounter
+from memprof.models import find
+from memprof.models.find import named
 from memprof.profiler import Profiler
+from memprof.prompts import Prompt
 from memprof.pruning import build_pruner
 from memprof.records import PARTS, RunSpec
-from memprof.runner import Prompt, place, profile_prompt, release, run
+from memprof.runner import run
+from memprof.snapshots.history import HISTORY, read_history
+from memprof.snapshots.report import check_replay
 from memprof.store import read_run
 from memprof.units import GIB, MIB
 
@@ -92,6 +97,27 @@ def test_the_peak_is_what_torch_says_without_memprof(tiny: tuple[Any, Prompt], a
     del made
     release("cuda")
     assert torch.cuda.memory_allocated() == static
+
+
+def test_a_window_around_ones_own_generate_counts_what_it_is_given(tiny: tuple[Any, Prompt]) -> None:
+    model, prompt = tiny
+    before = torch.cuda.memory_allocated()
+    inputs = place(prompt, model)
+    given = torch.cuda.memory_allocated() - before
+    asked: dict[str, Any] = {**inputs, "max_new_tokens": 6, "do_sample": False}
+    plain = model.generate(**asked).tolist()
+    release("cuda")
+    torch.cuda.reset_peak_memory_stats()
+    model.generate(**asked)
+    peaks = torch.cuda.max_memory_allocated(), torch.cuda.max_memory_reserved()
+    with memprof.profile(model) as window:
+        assert model.generate(**asked).tolist() == plain
+    (sample,) = window.samples
+    assert (window.peak, sample.peak_reserved_bytes) == peaks
+    assert window.record.static_bytes == before
+    assert window.parts["inputs"] == given
+    assert sum(window.parts.values()) == peaks[0] - before
+    assert (window.record.status, window.record.spec.device) == ("measured", "cuda")
 
 
 def test_kv_is_exact_on_the_card(tiny: tuple[Any, Prompt]) -> None:
@@ -207,7 +233,7 @@ def near(one: Any, slack: int) -> None:
 
 @pytest.mark.parametrize("method", ["baseline", "topv", "fastv:scores=row"])
 def test_tiny_models_are_predicted(method: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(runner, "find_model", lambda name: (find_model(name)[0], tiny_card(find_model(name)[0])))
+    monkeypatch.setattr(find, "find", lambda name, *_: tiny_card(named()[name].family))
     data = shapes(tmp_path, (1792, 1344), (448, 448))
     spec = RunSpec("internvl2-2b", method, "ai2d", "cuda", data=data, max_new_tokens=4)
     done = run(spec, tmp_path / "run")
@@ -229,28 +255,33 @@ def test_internvl2_2b_is_predicted_at_one_tile(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_out_of_memory_is_recorded_and_ends_with_5(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_out_of_memory_is_recorded_and_ends_with_5_where_nothing_ran(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     total = torch.cuda.get_device_properties(0).total_memory
     torch.cuda.set_per_process_memory_fraction((torch.cuda.memory_reserved() + 5 * GIB) / total)
     try:
-        with pytest.raises(SystemExit) as done:
-            main(["run", "--device", "cuda", "--stack", "paper", "--data", shapes(tmp_path, (448, 448), (1792, 1344)),
-                  "--max-new-tokens", "2", "-q", "-o", str(tmp_path / "run")])  # fmt: skip
+        for name, sizes, code in (("run", ((448, 448), (1792, 1344)), 0), ("none", ((1792, 1344),), 5)):
+            (tmp_path / name).mkdir()
+            with pytest.raises(SystemExit) as done:
+                main(["run", "--device", "cuda", "--stack", "paper", "--data", shapes(tmp_path / name, *sizes),
+                      "--max-new-tokens", "2", "-q", "-o", str(tmp_path / name / "run")])  # fmt: skip
+            assert done.value.code == code
+            assert "ran out of memory" in capsys.readouterr().err
     finally:
         torch.cuda.set_per_process_memory_fraction(1.0)
-    assert done.value.code == 5
-    assert "ran out of memory" in capsys.readouterr().err
-    fine, beyond = read_run(tmp_path / "run").samples
+    fine, beyond = read_run(tmp_path / "run" / "run").samples
     assert fine.status == "ok"
     assert beyond.status == "oom"
-    assert "out of memory" in str(beyond.error)
+    for words in ("out of memory", "Tried to allocate", "it ended in prefill of token 0", "held then: static"):
+        assert words in str(beyond.error)
 
 
 def test_a_history_replays_to_the_last_address(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     sys.path.insert(0, str(ROOT / "scripts"))
     import record_reference as script
 
-    monkeypatch.setattr(runner, "find_model", script.tiny)
+    monkeypatch.setattr(find, "find", script.tiny)
     step = next(step for step in script.steps("cuda", 3) if step.shape is not None)
     assert script.Recorder(tmp_path, 600).record([step])
     about, recording = read_history(next(tmp_path.glob(f"*{HISTORY}")))
@@ -267,6 +298,6 @@ def test_pruning_holds_on_the_card(method: str, attention: str) -> None:
     kind, card, model = tiny_model("internvl", "eager" if pruner.eager else attention, "cuda")
     prompt = tiny_prompt(kind, card, width=800, height=600)
     memory = profile_prompt(model, CudaMeter(model), pruner, "current", prompt, new_tokens=3).memory
-    assert memory["kv_tokens_found"] == memory["kv_tokens_planned"]
-    assert memory["kept_visual_tokens"][-1] == round(prompt.shape.visual_tokens / 2)
-    assert sum(memory["peak_parts"].values()) == memory["dynamic_peak_bytes"]
+    assert memory.kv_tokens_found == memory.kv_tokens_planned
+    assert memory.kept_visual_tokens[-1] == round(prompt.shape.visual_tokens / 2)
+    assert sum(memory.fullest.peak_parts.values()) == memory.fullest.dynamic_peak_bytes

@@ -14,22 +14,22 @@ from tiny import state_of, tiny_model, tiny_prompt
 from torch import nn
 from torch.utils._python_dispatch import _get_current_dispatch_mode_stack as modes
 
-from memprof.errors import BadValue, UsageError
+from memprof.bench.generate import place, profile_prompt
+from memprof.errors import BadValue, DeviceUnavailable, UsageError
 from memprof.meters import cuda, weights_of
 from memprof.meters.cuda import ATTRIBUTIONS, CudaMeter, Driver, PeakCounter
 from memprof.profiler import Profiler
 from memprof.pruning import build_pruner
-from memprof.records import PARTS
-from memprof.runner import place, profile_prompt
+from memprof.records import PARTS, SampleRecord
 from memprof.simulator import replay
-from memprof.simulator.ledger import Ledger
 from memprof.simulator.replay import Reading
 from memprof.simulator.trace import Trace
+from memprof.tracing.ledger import Ledger
 
 STATIC, BLOCK = 10**6, 512
 
 
-class Card:
+class PlayedCard:
     """A device's counters: by hand (:meth:`hold`), or from every CPU storage there is (:meth:`follow`)."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -94,9 +94,9 @@ class PlayedMeter(CudaMeter):
 
 
 @pytest.fixture
-def card(monkeypatch: pytest.MonkeyPatch) -> Iterator[Card]:
+def card(monkeypatch: pytest.MonkeyPatch) -> Iterator[PlayedCard]:
     monkeypatch.setitem(sys.modules, "pynvml", None)
-    played = Card(monkeypatch)
+    played = PlayedCard(monkeypatch)
     yield played
     assert not PeakCounter._open, "every window gave the counters back"
 
@@ -105,7 +105,7 @@ def sums(columns: dict[str, list[int]]) -> list[int]:
     return [sum(row) for row in zip(*columns.values(), strict=True)]
 
 
-def measured(card: Card, attribution: str, tokens: int = 4, hook: Any = None) -> tuple[Profiler, Reading, Any]:
+def measured(card: PlayedCard, attribution: str, tokens: int = 4, hook: Any = None) -> tuple[Profiler, Reading, Any]:
     kind, about, model = tiny_model("internvl")
     prompt, meter = tiny_prompt(kind, about), PlayedMeter(model, attribution)
     before = state_of(model)
@@ -128,7 +128,7 @@ def measured(card: Card, attribution: str, tokens: int = 4, hook: Any = None) ->
 
 
 @pytest.mark.parametrize("attribution", ATTRIBUTIONS)
-def test_counters_are_the_truth_and_parts_sum_to_them(card: Card, attribution: str) -> None:
+def test_counters_are_the_truth_and_parts_sum_to_them(card: PlayedCard, attribution: str) -> None:
     _, true, _ = measured(card, "all")
     profiler, reading, _ = measured(card, attribution)
     for column in ("peak_allocated_bytes", "allocated_bytes", "reserved_bytes"):
@@ -160,7 +160,7 @@ def hoarder(at: int) -> Any:
     return hoard
 
 
-def test_a_peak_in_decoding_is_told_apart_as_far_as_it_was_watched(card: Card) -> None:
+def test_a_peak_in_decoding_is_told_apart_as_far_as_it_was_watched(card: PlayedCard) -> None:
     profiler, reading, _ = measured(card, "prefill", hook=hoarder(2))
     _, all_along, _ = measured(card, "all", hook=hoarder(2))
     assert reading.peak_token == all_along.peak_token == 3 or reading.peak_token == all_along.peak_token == 2
@@ -174,7 +174,7 @@ def test_a_peak_in_decoding_is_told_apart_as_far_as_it_was_watched(card: Card) -
     assert sum(reading.parts.values()) == max(reading.peak_allocated_bytes) - STATIC
 
 
-def test_the_trace_is_gone_through_once_however_many_tokens(card: Card, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_trace_is_gone_through_once_however_many_tokens(card: PlayedCard, monkeypatch: pytest.MonkeyPatch) -> None:
     made = list[replay.Timeline]()
 
     class Counted(replay.Timeline):
@@ -187,7 +187,7 @@ def test_the_trace_is_gone_through_once_however_many_tokens(card: Card, monkeypa
     assert len(made) == 1
 
 
-def test_after_prefill_nothing_but_ends_and_caches_is_watched(card: Card) -> None:
+def test_after_prefill_nothing_but_ends_and_caches_is_watched(card: PlayedCard) -> None:
     kind, about, model = tiny_model("internvl")
     meter, seen = PlayedMeter(model), []
     card.level = STATIC
@@ -198,7 +198,43 @@ def test_after_prefill_nothing_but_ends_and_caches_is_watched(card: Card) -> Non
     assert not modes()
 
 
-def test_an_exception_leaves_nothing_open(card: Card) -> None:
+@pytest.mark.parametrize("attribution", ATTRIBUTIONS)
+def test_hooks_that_serve_prefill_alone_are_gone_when_decode_begins(card: PlayedCard, attribution: str) -> None:
+    _, _, model = tiny_model("internvl")
+
+    def hooks() -> int:
+        return sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in model.modules())
+
+    unwatched, seen = hooks(), list[int]()
+    measured(card, attribution, hook=lambda *_: seen.append(hooks()))
+    around = 3  # the profiler's two on the model, and the one that counts
+    prefill, until, *decode = seen  # counted before the profiler is told of a forward
+    assert prefill == until > unwatched + around
+    assert len(decode) == 2
+    assert set(decode) == {prefill if attribution == "all" else unwatched + around}
+
+
+def test_a_cache_that_keeps_its_storages_is_counted_once(card: PlayedCard) -> None:
+    """While resting, what is new in the cache is one slot; what was seen in prefill stays what it was."""
+    _, _, model = tiny_model("internvl")
+    meter = PlayedMeter(model)
+    meter.open()
+    assert meter.ledger is not None
+    kept = torch.zeros(1000, dtype=torch.uint8)
+    meter.ledger.adopt(kept, "aten.zeros")
+    seen = {kept.untyped_storage()._cdata: 1000}
+    meter.ledger.claim(seen, "kv_cache")
+    card.hold(10)
+    meter.mark()
+    for grown in ({}, {-2: 600}, {-2: 600}, {-3: 1, -4: 1025}):
+        meter.ledger.claim(seen | grown, "kv_cache")
+        card.hold(10)
+        meter.mark()
+    parts = meter.close().token_parts["kv_cache"]
+    assert parts == [1024, 1024, 1024 + 1024, 1024 + 1024, 1024 + 512 + 1536]
+
+
+def test_an_exception_leaves_nothing_open(card: PlayedCard) -> None:
     def fail(*_: Any) -> None:
         raise RuntimeError("stop")
 
@@ -207,7 +243,54 @@ def test_an_exception_leaves_nothing_open(card: Card) -> None:
     assert not modes()
 
 
-def test_one_peak_counter_serves_nested_windows_and_the_outside(card: Card) -> None:
+OUT = (
+    "CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total capacity of 79.10 GiB of which 1.00 GiB is "
+    "free. Process 7 has 3.00 GiB memory in use. Including non-PyTorch memory, this process has 75.10 GiB memory in "
+    "use. Of the allocated memory 70.00 GiB is allocated by PyTorch, and 4.00 GiB is reserved by PyTorch but "
+    "unallocated. If reserved but unallocated memory is large try setting PYTORCH_ALLOC_CONF=expandable_segments:True "
+    "to avoid fragmentation.  See documentation for Memory Management  (https://pytorch.org/docs/stable/notes/cuda.html)"
+)
+
+
+@pytest.mark.parametrize("forward", [1, 3])
+def test_where_a_card_ran_out_and_who_held_the_rest(card: PlayedCard, forward: int) -> None:
+    """In a layer's MLP, of the first forward or a later one: said in the sample, and the model is as before."""
+    kind, about, model = tiny_model("internvl")
+    meter, prompt, before, calls = PlayedMeter(model), tiny_prompt(kind, about), state_of(model), list[int]()
+    card.level = card.peak = STATIC
+
+    def fail(*_: Any) -> None:
+        calls.append(1)
+        if len(calls) == forward:
+            raise torch.cuda.OutOfMemoryError(OUT)
+
+    name, mlp = next((n, m) for n, m in model.named_modules() if n.endswith("layers.1.mlp"))
+    handle = mlp.register_forward_pre_hook(fail)
+    found = profile_prompt(model, meter, build_pruner("topv"), "current", prompt, new_tokens=4)
+    handle.remove()
+    assert found.tokens is None
+    assert state_of(model) == before
+    assert not modes()
+    said, done = str(found.refused), forward - 1
+    assert "\n" not in said
+    for words in ("Tried to allocate 2.00 GiB", "1.00 GiB is free", "Process 7 has 3.00 GiB", "4.00 GiB is reserved"):
+        assert words in said
+    assert "documentation" not in said
+    assert f"it ended in {'decode' if done else 'prefill'} of token {done}" in said
+    assert "held then: static " in said
+    assert " kv_cache " in said
+    if not done:
+        assert f"asking for mlp ({name})" in said
+    record = SampleRecord("a").with_memory(found.memory)
+    record.check()
+    assert len(record.tokens) == done
+    calls.clear()
+    again = profile_prompt(model, meter, build_pruner("topv"), "current", prompt, new_tokens=4)
+    assert again.refused is None
+    assert len(again.memory.fullest.tokens) == 4
+
+
+def test_one_peak_counter_serves_nested_windows_and_the_outside(card: PlayedCard) -> None:
     device = torch.device("cpu")
     card.hold(70, reserved=90)
     card.hold(10)
@@ -230,7 +313,7 @@ def test_one_peak_counter_serves_nested_windows_and_the_outside(card: Card) -> N
     assert (outer.outer_bytes, outer.outer_reserved_bytes) == (70, 90), "what an outside reader would have seen"
 
 
-def test_windows_on_other_devices_are_left_alone(card: Card) -> None:
+def test_windows_on_other_devices_are_left_alone(card: PlayedCard) -> None:
     here, there = PeakCounter(torch.device("cpu")), PeakCounter(torch.device("meta"))
     there.open()
     here.open()
@@ -276,7 +359,7 @@ class Nvml(ModuleType):
 
 
 @pytest.fixture
-def driver(card: Card, monkeypatch: pytest.MonkeyPatch) -> Any:
+def driver(card: PlayedCard, monkeypatch: pytest.MonkeyPatch) -> Any:
     card.level = 50
 
     def make(*processes: tuple[int, int | None], **how: Any) -> Driver:
@@ -306,7 +389,7 @@ def test_where_ids_do_not_match_the_whole_card_stands_in_and_it_is_said(driver: 
     assert asked.problem.startswith("device bytes are the whole card's, of all processes: NVML has no figure for")
 
 
-def test_without_nvml_too(card: Card) -> None:
+def test_without_nvml_too(card: PlayedCard) -> None:
     asked = Driver(torch.device("cpu"))
     assert (asked.used_bytes(), asked.whose, asked.version) == (40, "card", None)
     assert "memprof-vlm[cuda]" in asked.problem
@@ -314,6 +397,30 @@ def test_without_nvml_too(card: Card) -> None:
 
 def test_an_error_of_nvml_is_quoted(driver: Any) -> None:
     assert "NVML says Not Found" in driver(known="GPU-another").problem
+
+
+def test_without_the_right_to_ask_nvml_the_whole_card_stands_in(driver: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    def no(_: Nvml, handle: str) -> Any:
+        raise Nvml.NVMLError("Insufficient Permissions")
+
+    monkeypatch.setattr(Nvml, "running", no)
+    asked = driver((os.getpid(), 70))
+    assert (asked.used_bytes(), asked.whose, asked.version) == (40, "card", "580.1")
+    assert asked.problem.endswith("NVML says Insufficient Permissions")
+
+
+def test_other_processes_on_the_card_are_not_ours(driver: Any) -> None:
+    """One process may stand there more than once: compute and graphics."""
+    assert driver((1, 900), (os.getpid(), 70), (2, None), (os.getpid(), 5)).used_bytes() == 75
+
+
+@pytest.mark.parametrize("visible", ["", "-1", "3"])
+def test_no_card_says_what_hides_them(visible: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    with pytest.raises(DeviceUnavailable, match=f"CUDA_VISIBLE_DEVICES={visible!r}"):
+        CudaMeter.check()
 
 
 def test_whose_bytes_they_are_does_not_change_on_the_way(driver: Any) -> None:
@@ -330,7 +437,7 @@ def test_whose_bytes_they_are_does_not_change_on_the_way(driver: Any) -> None:
 
 
 @pytest.mark.parametrize(("how", "expected"), [("changed", [40, 40, None, 40, None]), ("always", [40] * 5)])
-def test_the_driver_is_asked_when_reserved_bytes_change(card: Card, how: str, expected: list[int | None]) -> None:
+def test_the_driver_is_asked_when_reserved_bytes_change(card: PlayedCard, how: str, expected: list[int | None]) -> None:
     _, _, model = tiny_model("internvl")
     meter = PlayedMeter(model, "none", how)
     meter.open()
@@ -343,7 +450,7 @@ def test_the_driver_is_asked_when_reserved_bytes_change(card: Card, how: str, ex
     ]  # fmt: skip
 
 
-def test_what_cuda_is_it_is_kept(card: Card, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_cuda_is_it_is_kept(card: PlayedCard, monkeypatch: pytest.MonkeyPatch) -> None:
     properties = SimpleNamespace(name="H", total_memory=8, major=9, minor=0, uuid="u")
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: properties)
     monkeypatch.setattr(torch.cuda, "get_allocator_backend", lambda: "native")

@@ -13,9 +13,10 @@ from memprof.pruning.surgery import Surgery
 
 
 class DoubledKv(Surgery):
-    """Surgery whose ranking runs the attention before each cut a second time, on the same cache."""
+    """Surgery that runs the attention before each cut once more, on the same cache; its choice is made before."""
 
     def _cut(self, layer: nn.Module, hidden: Any, stage: Any, kwargs: Any) -> Any:
+        self._choice = self._choice or self._choose(layer, hidden, stage, kwargs)
         attention: Any = layer.self_attn
         attention.forward(
             hidden,

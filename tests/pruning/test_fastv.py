@@ -10,11 +10,11 @@ from doubled import DoubledKv
 from test_contract import generate
 from tiny import families, tiny_model, tiny_prompt
 
+from memprof.bench.generate import place
 from memprof.errors import BadValue, UsageError
 from memprof.profiler import Profiler
 from memprof.pruning import build_pruner
 from memprof.pruning.surgery import Surgery
-from memprof.runner import place
 
 every_family = pytest.mark.parametrize("family", families())
 
@@ -53,7 +53,7 @@ def test_what_cannot_work_is_refused() -> None:
     kind, card, model = tiny_model(families()[0])
     prompt = tiny_prompt(kind, card)
     with pytest.raises(UsageError, match="eager"):
-        Surgery(model, build_pruner("fastv:scores=map"), prompt.layout)
+        Surgery(model, build_pruner("fastv:scores=map"), prompt.places)
     with pytest.raises(BadValue, match="layer=1"):
         build_pruner("fastv:layer=0").stages(100, 24)
 
@@ -66,7 +66,7 @@ def test_a_doubled_kv_shows_in_the_cache_and_nowhere_else(family: str) -> None:
     right, _, _ = generate(model, pruner, prompt, tokens=1)
 
     def doubled(tokens: int) -> tuple[Any, Surgery, Profiler]:
-        with DoubledKv(model, pruner, prompt.layout) as surgery, Profiler(model) as profiler:
+        with DoubledKv(model, pruner, prompt.places) as surgery, Profiler(model) as profiler:
             out = model.generate(
                 **place(prompt, model), max_new_tokens=tokens, do_sample=False, output_logits=True,
                 return_dict_in_generate=True,
@@ -74,7 +74,7 @@ def test_a_doubled_kv_shows_in_the_cache_and_nowhere_else(family: str) -> None:
         return out, surgery, profiler
 
     out, surgery, profiler = doubled(1)
-    assert out.sequences.tolist() == right.sequences.tolist(), "the first token does not tell"
+    assert torch.equal(out.logits[0], right.logits[0]), "the first token does not tell"
     length = prompt.shape.length
     assert surgery.kv_tokens[:2] == [length, length]
     assert profiler.kv_tokens[:2] == [length, 2 * length]

@@ -15,8 +15,9 @@ import numpy as np
 import pytest
 import torch
 
+from memprof.prompts import Places
 from memprof.pruning.methods.fastv import FastV
-from memprof.pruning.surgery import Layout, Surgery
+from memprof.pruning.surgery import Surgery
 from memprof.pruning.view import View
 
 CASES = ["k2_r0p5", "k2_r0p75", "k3_r0p5", "k3_r0p75"]
@@ -64,11 +65,11 @@ def cache_lengths(model: Any) -> Iterator[list[list[int]]]:
         hook.remove()
 
 
-def layout(facts: dict[str, Any]) -> Layout:
+def layout(facts: dict[str, Any]) -> Places:
     where = facts["layout"]
     index = np.arange(where["text_before"], where["text_before"] + where["image"])
     positions = np.zeros((len(index), 2), dtype=np.float32)
-    return Layout(where["seq_len"], index, positions, np.zeros(len(index), dtype=np.int64))
+    return Places(where["seq_len"], index, positions, np.zeros(len(index), dtype=np.int64))
 
 
 def test_plain_llama_is_the_references(model: Any, io: dict[str, torch.Tensor]) -> None:
@@ -139,7 +140,7 @@ class Spy(FastV):
     seen: ClassVar[list[torch.Tensor]] = []
 
     def select(self, view: View, kept: int) -> torch.Tensor:
-        self.seen.append(view.row() if self.scores == "row" else view.map())
+        self.seen.append(view.row if self.scores == "row" else view.map)
         return super().select(view, kept)
 
 

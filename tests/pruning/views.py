@@ -2,24 +2,24 @@
 
 from __future__ import annotations
 
-from typing import Any, NoReturn
+import dataclasses
 
 import torch
 
 from memprof.pruning.view import View
 
 
-def nothing() -> NoReturn:
-    raise AssertionError("not asked for")
-
-
-def a_view(**given: Any) -> View:
-    """A view of what is given; the rest is not there."""
-    known = next(t for t in given.values() if isinstance(t, torch.Tensor))
+def a_view(seed: int = 0, merged: int = 0, **signals: torch.Tensor) -> View:
+    """A view of ``signals``, of which the first tells how many tokens there are; the rest is not there."""
+    known = next(iter(signals.values()))
     n = len(known)
-    defaults: dict[str, Any] = {
-        "count": n, "device": known.device, "source": None, "target": None, "vision": None,
+    placed = {
         "positions": torch.rand(n, 2, generator=torch.Generator().manual_seed(5)),
-        "images": torch.zeros(n, dtype=torch.int64), "row": nothing, "map": nothing, "ahead": nothing, "seed": 0,
-    }  # fmt: skip
-    return View(**{**defaults, **given})
+        "images": torch.zeros(n, dtype=torch.int64),
+    }
+    return View(n, known.device, seed, merged, 2**30, {**placed, **signals})
+
+
+def other(view: View, **signals: torch.Tensor) -> View:
+    """``view`` with other ``signals``."""
+    return dataclasses.replace(view, signals={**view.signals, **signals})

@@ -16,7 +16,7 @@ from memprof.reports import answers
 from memprof.reports.answers.sheet import kept_text, legend, sheet
 from memprof.reports.answers.words import mark, readable
 
-GRID = Grid(columns=2, rows=1, thumbnail=True, side=4)
+GRID = Grid(columns=2, rows=1, thumbnail=True, across=4, down=4)
 HALF = [Cut(2, 24, list(range(24)))]
 NASTY = "<script>alert(1)</script> **x** [a](b) | `c` \x1b[31mred\x1b[0m\u202e"
 
@@ -80,7 +80,7 @@ def test_rows_say_peak_saving_cache_flops_and_status() -> None:
 
 def test_what_was_kept_in_words() -> None:
     def text(cuts: list[Cut]) -> str:
-        return kept_text(answered(cuts=cuts, grid=GRID), GRID)
+        return kept_text(answered(cuts=cuts, grid=GRID))
 
     assert text([]) == "all 48 visual tokens"
     assert text([Cut(2, 24, None)]) == "24 of 48 visual tokens, after 2 layers"
@@ -116,7 +116,7 @@ def test_many_methods_are_broken_into_rows() -> None:
 
 
 def test_large_maps_are_drawn_in_shades_and_say_so() -> None:
-    grid = Grid(columns=4, rows=3, thumbnail=True, side=16)
+    grid = Grid(columns=4, rows=3, thumbnail=True, across=16, down=16)
     half = [Cut(2, grid.tokens // 2, list(range(0, grid.tokens, 2)))]
     found = asked(grid, *(answered(f"topv:keep=0.{k},layer=2", f"w{k}", half, grid=grid) for k in range(1, 4)))
     text = answers.terminal.render(found, width=80)
@@ -193,7 +193,8 @@ def test_terminal_lets_no_escape_through(nasty: Asked) -> None:
 def test_json_holds_bytes_and_numbers_of_tokens() -> None:
     document = json.loads(answers.render("json", three()))
     assert (document["schema"], document["question"]) == (1, "what is this?")
-    assert document["grid"] == {"columns": 2, "rows": 1, "thumbnail": True, "side": 4}
+    sizes = {"across": 4, "down": 4, "side": 4}
+    assert document["grid"] == {"columns": 2, "rows": 1, "thumbnail": True, **sizes}
     first, _, topv = document["answers"]
     assert first["cuts"] == []
     assert topv["cuts"] == [{"layer": 2, "kept": 24, "tokens": list(range(24))}]

@@ -7,7 +7,7 @@ from browser import CHROMIUM, Page
 from synthetic import NASTY, make_runs
 
 from memprof import reports
-from memprof.figures.palette import PART_COLOURS, PART_LABELS
+from memprof.telling.palette import PART_COLOURS, PART_LABELS
 
 pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="needs chromium on PATH")
 
@@ -141,4 +141,16 @@ def test_records_without_parts_a_token_are_drawn_as_they_were(tmp_path):
         page.run("document.getElementById('decode').click()")
         page.settle()
         assert 0 < page.run("document.querySelectorAll('.card svg[role=img] svg rect').length") < rects
+        assert page.errors == []
+
+
+@pytest.mark.slow
+def test_on_a_phone_no_column_is_hidden_and_words_are_told(file):
+    with Page(file, width=390) as page:
+        wide = "document.querySelector('.scroll')"
+        assert page.run(f"{wide}.scrollWidth <= {wide}.clientWidth")
+        assert "dynamic peak" in page.run("[...document.querySelectorAll('td')].map((td) => td.dataset.name).join()")
+        assert "peaks in" in text(page, "main")
+        assert page.run("document.querySelectorAll('dl dt').length") > 5
+        assert page.run("document.querySelector('#csv').onclick === null")
         assert page.errors == []

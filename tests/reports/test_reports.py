@@ -17,10 +17,10 @@ from synthetic import METHODS, NASTY, STATIC, make_run, make_runs
 
 from memprof import reports
 from memprof.errors import BadValue, UnknownName
-from memprof.figures.palette import PART_LABELS
 from memprof.records import PARTS, Run, RunRecord, RunSpec, SampleRecord, summarize
-from memprof.reports.formats.html import embed
+from memprof.reports.pages import embed
 from memprof.reports.rows import plain, sheets
+from memprof.telling.palette import PART_LABELS
 
 ROOT = Path(__file__).parents[2]
 
@@ -36,7 +36,7 @@ def page_data(page: str) -> str:
 
 
 def test_formats_are_found_by_file():
-    assert reports.names() == ["chrome", "csv", "html", "json", "markdown", "table"]
+    assert reports.names() == ["chrome", "csv", "html", "json", "latex", "markdown", "table"]
 
 
 @pytest.mark.parametrize("name", reports.names())
@@ -340,3 +340,36 @@ def test_reports_load_no_torch():
     )
     here = str(ROOT / "tests" / "figures")
     subprocess.run([sys.executable, "-W", "error", "-c", code, here], check=True, env={**os.environ}, cwd=ROOT)
+
+
+def test_latex_is_a_booktabs_table_whose_text_is_escaped(runs):
+    text = reports.render("latex", runs)
+    assert text.count(r"\toprule") == text.count(r"\end{tabular}") >= 1
+    rows = [line for line in text.splitlines() if line.endswith(r"\\")]
+    assert all(line.count("&") == rows[0].count("&") for line in rows)
+    assert not [line for line in rows if "%" in line.replace(r"\%", "") or "_" in line.replace(r"\_", "")]
+    for run in runs:
+        assert f"{summarize(run)['dynamic_peak_bytes'] / 2**30:.3f}" in text
+
+
+def test_a_table_whose_samples_failed_says_that_no_peak_of_all_is_known(runs):
+    text = reports.render("table", runs[:1], width=120)
+    assert f"≥ {summarize(runs[0])['dynamic_peak_bytes'] / 2**30:.3f}" in text
+    assert "failed: Baseline 1 of" in text
+
+
+def test_without_a_baseline_the_table_says_what_to_add(runs):
+    assert "add --method baseline" in reports.render("table", runs[1:3], width=200)
+    assert "add --method baseline" not in reports.render("table", runs[:3], width=200)
+
+
+def test_the_total_is_what_nvidia_smi_would_show():
+    from synthetic import make_run
+
+    run = make_run(samples=2, tokens=2)
+    assert summarize(run)["device_bytes"] is None
+    run.record.environment["gpu_context_bytes"] = 500 * 2**20
+    assert summarize(run)["device_bytes"] == summarize(run)["peak_reserved_bytes"] + 500 * 2**20
+    measured = make_run(samples=2, tokens=2, measured=True)
+    used = [u for s in measured.finished for u in s.tokens.device_used_bytes]
+    assert summarize(measured)["device_bytes"] == max(used)

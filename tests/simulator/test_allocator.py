@@ -217,12 +217,12 @@ def test_the_context_is_not_for_segments_and_a_share_is_of_the_whole_device():
     allocator.malloc(500 * MIB)
     with pytest.raises(OutOfMemory, match=r"of 1.000 GiB, 0.488 GiB are the CUDA context, 0.488 GiB are reserved"):
         allocator.malloc(30 * MIB)
-    for share, limit, says in ((0.5, 512, "of 0.500 GiB, 0.000 GiB are reserved"), (0.75, 524, "of 1.000 GiB, 0.488")):
+    for share, limit, says in ((0.5, 512, "of 0.500 GiB, 0 B are reserved"), (0.75, 524, "of 1.000 GiB, 0.488")):
         allocator = CachingAllocator(AllocatorSettings(per_process_memory_fraction=share), GIB, 500 * MIB)
         assert allocator.limit_bytes == limit * MIB
         with pytest.raises(OutOfMemory, match=says):
             allocator.malloc(600 * MIB)
-    with pytest.raises(OutOfMemory, match=r"of 0.008 GiB, 0.488 GiB are the CUDA context"):
+    with pytest.raises(OutOfMemory, match=r"the CUDA context alone takes 0.488 GiB, and there are 8.0 MiB"):
         CachingAllocator(None, 8 * MIB, 500 * MIB).malloc(1)
 
 

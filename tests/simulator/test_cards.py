@@ -7,22 +7,22 @@ from pathlib import Path
 import pytest
 
 from memprof.errors import BadValue, DataError
-from memprof.simulator.cards import (
+from memprof.gpus import (
     ANY,
     CARDS,
     CONTEXT_BYTES,
-    RULES,
     cublas_workspace_bytes,
     cublaslt_workspace_bytes,
     find_card,
-    flash_splits,
     load_calibration,
 )
+from memprof.simulator.rules import RULES, flash_splits
 from memprof.units import GIB, MIB
 
 
 def test_names_and_sizes() -> None:
-    assert find_card(None) is ANY
+    assert find_card(None) == find_card("h100@any")
+    assert find_card("8GiB").architecture == CARDS["h100"].architecture
     assert find_card("H100") is CARDS["h100"]
     assert find_card("RTX 4090").name == "rtx4090"
     assert find_card("8GiB").memory_bytes == 8 * GIB
@@ -30,7 +30,7 @@ def test_names_and_sizes() -> None:
     assert anyhow.memory_bytes is None
     assert dataclasses.replace(anyhow, memory_bytes=CARDS["h100"].memory_bytes) == CARDS["h100"]
     assert CARDS["h100"].any_memory == "h100@any"
-    assert ANY.any_memory is find_card("8GiB").any_memory is None
+    assert find_card("8GiB").any_memory is None
     for wrong, says in (
         ("h10", "did you mean 'h100'"),
         ("", "unknown card"),
@@ -44,7 +44,8 @@ def test_names_and_sizes() -> None:
 def test_workspaces_by_architecture() -> None:
     assert cublas_workspace_bytes(CARDS["h100"], {}) == 32 * MIB
     assert cublas_workspace_bytes(CARDS["a100"], {}) == 8_519_680  # :4096:2:16:8
-    assert cublas_workspace_bytes(ANY, {}) == cublas_workspace_bytes(find_card("8GiB"), {}) == 0
+    assert cublas_workspace_bytes(ANY, {}) == 0
+    assert cublas_workspace_bytes(find_card("8GiB"), {}) == 32 * MIB
     assert cublas_workspace_bytes(CARDS["t4"], {"CUBLAS_WORKSPACE_CONFIG": ":16:8"}) == 16 * 8 * 1024
     assert cublas_workspace_bytes(CARDS["t4"], {"CUBLAS_WORKSPACE_CONFIG": ":4096:2:16:8"}) == 8_519_680
     assert cublaslt_workspace_bytes(CARDS["h100"], {}) == MIB

@@ -7,10 +7,11 @@ import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from memprof.simulator.cards import ANY, CARDS, find_card
-from memprof.simulator.kernels import Kernels, choose
-from memprof.simulator.ledger import Ledger
+from memprof.gpus import ANY, CARDS, find_card
 from memprof.simulator.trace import Trace
+from memprof.tracing.attention import choose
+from memprof.tracing.kernels import Kernels
+from memprof.tracing.ledger import Ledger
 
 sdpa = torch.nn.functional.scaled_dot_product_attention
 FAKE = FakeTensorMode(allow_non_fake_inputs=True)
@@ -79,8 +80,8 @@ def made(trace: Trace) -> dict[str, int]:
 
 def test_flash_makes_its_output_a_float32_sum_and_random_state() -> None:
     query, key = heads(100, count=4), heads(100, count=2)
-    trace = traced(lambda: sdpa(query, key, key, is_causal=True, enable_gqa=True))
-    assert sorted(trace.nbytes) == [0, 0, 0, 8, 16, 4 * 4 * 100, 2 * 4 * 100 * 64]  # no splits, no debug mask
+    trace = traced(lambda: sdpa(query, key, key, is_causal=True, enable_gqa=True), "a100")
+    assert sorted(trace.nbytes) == [0, 0, 8, 16, 4 * 4 * 100, 2 * 4 * 100 * 64]  # no splits
     assert {"float32", "bfloat16"} <= set(trace.dtypes)
 
 
@@ -94,15 +95,15 @@ def test_split_keys_of_a_decode_step() -> None:
 def test_a_boolean_mask_of_the_efficient_kernel_is_padded() -> None:
     query, key = heads(10), heads(13)
     mask = torch.ones(1, 1, 10, 13, dtype=torch.bool)
-    trace = traced(lambda: sdpa(query, key, key, attn_mask=mask))
+    trace = traced(lambda: sdpa(query, key, key, attn_mask=mask), "a100")
     assert 10 * 13 * 2 in trace.nbytes
     assert 10 * 16 * 2 in trace.nbytes
     assert 2 * 4 * 10 * 64 in trace.nbytes
 
 
-def test_cudnn_makes_its_output_alone() -> None:
+def test_cudnn_makes_its_output_a_seed_an_offset_and_a_workspace() -> None:
     query = heads(100)
-    assert traced(lambda: sdpa(query, query, query), "h100").nbytes == [2 * 4 * 100 * 64]
+    assert traced(lambda: sdpa(query, query, query), "h100").nbytes == [8, 8, 2 * 4 * 100 * 64, 256]
 
 
 def test_softmax_of_float16_is_one_kernel() -> None:
@@ -117,7 +118,7 @@ def test_masked_scatter_counts_its_places() -> None:
         into, source = torch.empty(1, 100, 32, dtype=torch.bfloat16), torch.empty(40, 32, dtype=torch.bfloat16)
         mask = torch.empty(1, 100, 1, dtype=torch.bool).expand(1, 100, 32)
     trace = traced(lambda: into.masked_scatter(mask, source))
-    assert trace.nbytes == [2 * 3200, 8 * 3200, 3200]
+    assert trace.nbytes == [2 * 3200, 8 * 3200, 3200, 1279]  # the result, the prefix sum, the mask, CUB's scratch
     assert trace.live_after(len(trace.events)) == [0]
 
 

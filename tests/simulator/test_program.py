@@ -1,19 +1,31 @@
 from __future__ import annotations
 
 import json
+import tracemalloc
 from fractions import Fraction
+from typing import Any
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from memprof.simulator.program import FOLDED_TOKENS, Irregular, Passage, Program, Recording, fold
+from memprof.simulator.allocator import AllocatorSettings, CachingAllocator
+from memprof.simulator.program import FOLDED_TOKENS, Program, Recording, fold
 from memprof.simulator.reach import Reach, Span
+from memprof.simulator.replay import read_cuda, read_stretches
+from memprof.simulator.selection import Passage
+from memprof.simulator.sizes import Irregular
 from memprof.simulator.trace import Trace
+from memprof.units import MIB
 
 
-def made_up(tokens: int, layers: int, n: int, *, odd_token: int = -1, odd_layer: int = -1) -> Recording:
-    """A model by hand: each layer replaces its cache and the hidden state; the head makes scores of all positions."""
+def made_up(
+    tokens: int, layers: int, n: int, *, odd_token: int = -1, odd_layer: int = -1, wide: int = 8, leaks: bool = False
+) -> Recording:
+    """A model by hand: each layer replaces its cache and the hidden state; the head makes scores of all positions.
+
+    A position takes ``wide`` numbers of a layer's cache; where it ``leaks``, something of every token is never freed.
+    """
     trace, entered = Trace(), list[list[int]]()
     trace.phase("prefill")
     cache: dict[int, int] = {}
@@ -28,7 +40,7 @@ def made_up(tokens: int, layers: int, n: int, *, odd_token: int = -1, odd_layer:
             name = f"model.layers.{layer}"
             if layer == odd_layer:
                 trace.death(trace.birth(512, "other", (name, "odd"), (512,), "uint8"))
-            kv = trace.birth(length * 16, "kv_cache", (name, "cat"), (1, length, 8), "bfloat16")
+            kv = trace.birth(length * 2 * wide, "kv_cache", (name, "cat"), (1, length, wide), "bfloat16")
             if token:
                 trace.death(cache[layer])
             cache[layer] = kv
@@ -38,6 +50,8 @@ def made_up(tokens: int, layers: int, n: int, *, odd_token: int = -1, odd_layer:
         entered[-1].append(len(trace.events))
         if token == odd_token:
             trace.death(trace.birth(1, "other", ("", "odd"), (1,), "uint8"))
+        if leaks:
+            trace.birth(700, "other", ("", "kept"), (700,), "uint8")
         scores = trace.birth(rows * 400, "logits", ("head", "mm"), (rows, 100), "float32")
         trace.death(hidden)
         trace.death(scores)
@@ -45,10 +59,10 @@ def made_up(tokens: int, layers: int, n: int, *, odd_token: int = -1, odd_layer:
     return Recording(trace, entered, head_layers=2, prefix="model.layers")
 
 
-def program(*points: tuple[int, int]) -> Program:
+def program(*points: tuple[int, int], **kind: Any) -> Program:
     out = Program()
     for n, tokens in points:
-        out.add((n, tokens), fold(made_up(tokens, 5, n), fold_layers=True))
+        out.add((n, tokens), fold(made_up(tokens, 5, n, **kind), fold_layers=True))
     return out
 
 
@@ -62,9 +76,48 @@ def test_layers_and_steps_unfold(layers: int, tokens: int, n: int) -> None:
     assert ours == real
 
 
+@pytest.mark.parametrize("leaks", [False, True])
+@pytest.mark.parametrize("conf", ["", "expandable_segments:True"])
+@pytest.mark.parametrize("at_once", [3, 7, 64])
+def test_stretches_are_read_as_the_whole_is(at_once: int, conf: str, leaks: bool) -> None:
+    """On any card and by any rules, also where the card refuses in the middle of a stretch."""
+    tokens, n, kind = 40, 25, {"wide": 8_192, "leaks": leaks}
+    settings = AllocatorSettings.parse(conf)
+    real = made_up(tokens, 9, n, **kind).trace
+    free = read_cuda(real, CachingAllocator(settings))
+    unfolded, refused = program(*POINTS, **kind).unfold(9, tokens, at_once=at_once), list[bool]()
+    layers, kv_bytes = unfolded.caches((n, tokens))
+    assert [[cached.nbytes for cached in layer] for layer in layers] == [[n * 2 * 8_192]] * 9
+    assert kv_bytes == [9 * 2 * 8_192 * (n + token) for token in range(tokens)]
+    for limit in (None, free.reserved_bytes[-1], free.reserved_bytes[-1] - 1, free.reserved_bytes[20] - 1, 2 * MIB):
+        start = CachingAllocator(settings, limit)
+        start.malloc(700)
+        ours = read_stretches(lambda: unfolded.stretches((n, tokens)), start)
+        assert ours == read_cuda(real, start)
+        refused.append(ours.refused is not None)
+    assert refused[0] is False
+    assert refused[-1] is True
+
+
+def test_memory_does_not_grow_with_tokens() -> None:
+    """Beyond what the answer itself says of each token, some 0.5 kB."""
+    took, made = dict[int, int](), program(*POINTS, wide=8_192)
+    for tokens in (200, 4_000):
+        tracemalloc.start()
+        try:
+            unfolded = made.unfold(12, tokens)
+            reading = read_stretches(lambda: unfolded.stretches((25, tokens)), CachingAllocator())  # noqa: B023
+            took[tokens] = tracemalloc.get_traced_memory()[1]
+        finally:
+            tracemalloc.stop()
+        assert len(reading.allocated_bytes) == tokens
+    assert took[4_000] - took[200] < 1_000 * (4_000 - 200)
+
+
 def test_a_test_of_other_tokens_alone_says_nothing_of_other_prompts() -> None:
     reach = Reach()
     assert [reach.add(point) for point in ((10, 5), (40, 6), (10, 6))] == [True, True, True]
+    assert reach.covers((10, 6)), "this very prompt was recorded"
     assert not reach.covers((10, 16))
     assert not reach.add((40, 5))
     assert reach.covers((10, 16))
@@ -130,8 +183,8 @@ def test_a_selection_frees_nothing_that_it_was_given() -> None:
     gone = trace.birth(4, "pruner", ("", ""), (4,))
     trace.death(gone)
     passage = Passage.of(trace, 1, 4)
-    assert passage.events == (0, 1, ~1)
-    assert passage.survivors == (0,)
+    assert passage.course.events == (0, 1, ~1)
+    assert passage.course.survivors == (0,)
     trace.death(given)
     del made
     with pytest.raises(Irregular, match="given"):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import re
 from dataclasses import replace
 
 import pytest
@@ -14,7 +15,7 @@ from memprof.simulator.allocator import AllocatorSettings, CachingAllocator
 from memprof.simulator.replay import Timeline, read_cuda, read_plain, read_spans
 from memprof.simulator.small_pool import Known
 from memprof.simulator.trace import Trace
-from memprof.units import MIB
+from memprof.units import GIB, MIB, parse_bytes
 
 
 def a_trace(seed: int, tokens: int, largest: int) -> Trace:
@@ -103,6 +104,11 @@ def test_a_refusal_ends_the_reading_at_the_last_finished_token() -> None:
     tight = read_cuda(trace, CachingAllocator(capacity_bytes=max(free.peak_allocated_bytes) // 2))
     done = len(tight.peak_allocated_bytes)
     assert tight.refused is not None
+    assert f" of token {done}, asking for " in tight.refused
+    told = [parse_bytes(size) for size in re.findall(r" ([0-9.]+ \w+)", tight.refused.partition("held then: ")[2])]
+    allocated = re.search(r"([0-9.]+ \w+) allocated", tight.refused)
+    assert allocated is not None
+    assert sum(told) == pytest.approx(parse_bytes(allocated[1]), abs=0.0005 * GIB * (len(told) + 1))
     assert done < 5
     assert tight.peak_allocated_bytes == free.peak_allocated_bytes[:done]
     assert len(tight.reserved_bytes) == len(tight.device_used_bytes) == done

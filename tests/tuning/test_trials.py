@@ -13,13 +13,14 @@ import pytest
 from PIL import Image
 from stub import GIB, Stub, question
 
-from memprof import runner
+from memprof import bench
 from memprof.environment import RANK_VARIABLES, rank_shard
 from memprof.errors import DataError
-from memprof.families import find_model
+from memprof.gpus import CONTEXT_BYTES
+from memprof.models.find import find
 from memprof.records import PARTS, RunRecord, RunSpec, SampleRecord, TokenColumns
-from memprof.simulator.cards import CONTEXT_BYTES
 from memprof.store import RunFolder
+from memprof.tasks import TASKS
 from memprof.tuning import Question, trials
 from memprof.tuning.trials import Measurer, Predictor, card_bytes
 
@@ -33,10 +34,12 @@ def measured(**changes: Any) -> Question:
 class Card:
     """Stands for ``subprocess.run``: writes the run folder that a measured run would leave."""
 
-    def __init__(self, monkeypatch: pytest.MonkeyPatch, code: int = 0, score: float = 0.75) -> None:
+    def __init__(
+        self, monkeypatch: pytest.MonkeyPatch, code: int = 0, score: float = 0.75, *, short: bool = False
+    ) -> None:
         self.launched: list[list[str]] = []
         self.environment: dict[str, str] = {}
-        self.code, self.score = code, score
+        self.code, self.score, self.short = code, score, short
         self.compared: dict[str, float] | None = None
         monkeypatch.setattr(subprocess, "run", self)
 
@@ -54,9 +57,9 @@ class Card:
                     peak_parts=dict.fromkeys(PARTS, 0) | {"mlp": 9}, dynamic_peak_bytes=9,
                 )
             )  # fmt: skip
-            if self.code == 5:
+            if self.short:
                 folder.append(SampleRecord("b", status="oom", error="CUDA out of memory"))
-        return SimpleNamespace(returncode=self.code, stderr="memprof: 1 samples ran out of memory" * (self.code == 5))
+        return SimpleNamespace(returncode=self.code, stderr="memprof: 1 sample ran out of memory" * self.short)
 
 
 def test_what_is_predicted_not_to_fit_is_never_launched(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -116,8 +119,10 @@ def test_agreement_with_the_unpruned_model_is_the_loss_where_it_was_measured(
     assert len(card.launched) == 1
 
 
-def test_out_of_memory_is_a_result(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    Card(monkeypatch, code=5)
+@pytest.mark.parametrize("code", [5, 0])
+def test_out_of_memory_is_a_result(code: int, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Also where the other samples finished, and the run so ended well."""
+    Card(monkeypatch, code=code, short=True)
     result = Measurer(measured(), tmp_path, None)("topv:keep=0.9,layer=2", "a")
     assert result.status == "oom"
     assert "out of memory" in (result.error or "")
@@ -138,41 +143,79 @@ def questions(folder: Path, *said: str) -> str:
     return str(path)
 
 
-def test_tokens_are_counted_where_the_data_bring_no_count(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_questions_have_the_tasks_length_by_default(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     words = SimpleNamespace(encode=str.split)
-    monkeypatch.setattr(runner, "load_tokenizer", lambda card, weights: words)
+    monkeypatch.setattr(bench, "load_tokenizer", lambda card, weights: words)
     data = questions(tmp_path, "what is this", "who", "what is that")
     spec = dataclasses.replace(measured().spec, task="folder", data=data)
     predict = Predictor(spec)
-    template = sum(predict.bench.card.template)
-    assert {shape.text_tokens - template: n for shape, n in predict.shapes.items()} == {3: 2, 1: 1}
+    template = sum(predict.bench.model.template)
+    # Nothing but sizes is predicted, so no tokenizer is asked.
+    usual = TASKS.build("folder").usual_text_tokens()
+    assert {shape.text_tokens - template: n for shape, n in predict.shapes.items()} == {usual: 3}
     (tmp_path / "one.png").write_bytes(b"broken")
     with pytest.raises(DataError, match="no sample can be read"):
         Predictor(spec)
 
 
 def test_a_checkpoints_own_sizes_are_predicted(tmp_path: Path) -> None:
-    family, card = find_model("internvl2-2b")
-    small = dataclasses.replace(card, text={**card.text, "num_hidden_layers": 12})
+    card = find("internvl2-2b")
+    family = card.family
+    small = card.but(text={"num_hidden_layers": 12})
     (tmp_path / "config.json").write_text(json.dumps(family.config(small).to_dict()))
     spec = measured().spec
     for weights, layers in (("hub", 24), (str(tmp_path), 12)):
         predict = Predictor(dataclasses.replace(spec, weights=weights))
-        assert predict.bench.card.text["num_hidden_layers"] == layers
+        assert predict.bench.model.layers == layers
         assert predict.spec.device == "sim"
 
 
+class Machine(SimpleNamespace):
+    """NVML of a machine with cards of these sizes by number, of which some are in slices; and one with this UUID."""
+
+    class NVMLError(Exception):
+        pass
+
+    def __init__(self, *sizes: int, sliced: tuple[int, ...] = (), slices: int = GIB) -> None:
+        super().__init__(
+            nvmlInit=lambda: None,
+            nvmlDeviceGetHandleByIndex=lambda n: {"total": dict(enumerate(sizes))[n], "sliced": n in sliced},
+            nvmlDeviceGetHandleByUUID=lambda uuid: {"GPU-x": {"total": sizes[-1], "sliced": False},
+                                                    "MIG-y": {"total": slices}}[uuid],
+            nvmlDeviceGetName=lambda _: "Tesla T4", nvmlDeviceGetMigMode=self.mode,
+            nvmlDeviceGetMigDeviceHandleByIndex=lambda card, n: {"total": slices},
+            nvmlDeviceGetMemoryInfo=lambda card: SimpleNamespace(total=card["total"]),
+        )  # fmt: skip
+
+    def mode(self, card: dict[str, Any]) -> tuple[int, int]:
+        if not card["sliced"] and card["total"] > 30 * GIB:
+            raise self.NVMLError("Not Supported")
+        return int(card["sliced"]), 0
+
+
 def test_what_a_card_gives_beside_its_context(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    nvml = SimpleNamespace(
-        nvmlInit=lambda: None, nvmlDeviceGetHandleByIndex=lambda n: n, nvmlDeviceGetName=lambda _: "Tesla T4",
-        nvmlDeviceGetMemoryInfo=lambda _: SimpleNamespace(total=15 * GIB),
-    )  # fmt: skip
-    monkeypatch.setitem(sys.modules, "pynvml", nvml)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    monkeypatch.setitem(sys.modules, "pynvml", Machine(15 * GIB))
     assert card_bytes() == 15 * GIB - CONTEXT_BYTES
     monkeypatch.setattr(trials, "calibrated", lambda card: dataclasses.replace(card, measured={"context_bytes": GIB}))
     assert card_bytes() == 14 * GIB
     monkeypatch.setitem(sys.modules, "pynvml", None)
     assert card_bytes() is None
+
+
+@pytest.mark.parametrize(
+    ("visible", "total"),
+    [(None, 40), ("0", 40), ("1", 20), (" 1,0", 20), ("GPU-x", 10), ("MIG-y", 1), ("2", 1), ("", None), ("-1", None),
+     ("7", None), ("NoDevFiles", None)],
+)  # fmt: skip
+def test_the_card_that_is_visible_is_asked_and_its_slice(
+    visible: str | None, total: int | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "pynvml", Machine(40 * GIB, 20 * GIB, 80 * GIB, 10 * GIB, sliced=(2,)))
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    if visible is not None:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    assert card_bytes() == (total * GIB - CONTEXT_BYTES if total is not None else None)
 
 
 @pytest.mark.slow

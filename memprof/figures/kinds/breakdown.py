@@ -8,10 +8,10 @@ from typing import Any
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from memprof.figures import facts, palette
 from memprof.figures.kind import Kind
 from memprof.figures.style import HATCH, KeyItem, Look, Sheet, text_width
 from memprof.records import PARTS, Run
+from memprof.telling import facts, palette
 from memprof.units import in_unit
 
 
@@ -41,7 +41,7 @@ class Breakdown(Kind):
                     "parts": {part: top.peak_parts.get(part, 0) for part in PARTS},
                 }
             )
-        task = palette.task_label(group[0].record.spec.task)
+        task = facts.data_title(group[0].record)
         return facts.header("breakdown", name, group, facts.comparisons(group)) | {
             "title": f"What holds the peak on {task}",
             "bars": bars,
@@ -135,7 +135,7 @@ def _small_print(thin: Sequence[tuple[str, int]], look: Look, room: float) -> st
     def line(count: int) -> str:
         left_out = sum(size for _, size in rest[count:])
         named = [f"{palette.PART_LABELS[part]} {look.value(size)}" for part, size in rest[:count]]
-        named += [f"the rest {look.value(left_out)}"] if left_out else []
+        named += [f"{len(rest) - count} smaller {look.value(left_out)}"] if left_out else []
         named += [f"{palette.PART_LABELS[part]} {look.value(size, 3)}" for part, size in last]
         return "  ".join(named)
 

@@ -8,11 +8,11 @@ from typing import Any
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from memprof.figures import facts, palette
 from memprof.figures.kind import Kind
 from memprof.figures.style import KeyItem, Look, Sheet
 from memprof.plugins import split_spec
 from memprof.records import Run, mean_fidelity, summarize
+from memprof.telling import facts, palette
 from memprof.units import in_unit
 
 #: Names of the measures that a front may be drawn against.
@@ -57,7 +57,7 @@ class Front(Kind):
         hollow = any(point["fits"] is False for one in data["series"] for point in one["points"])
         key = [KeyItem(one["label"], palette.method_colour(one["method"]), "o") for one in data["series"]]
         if hollow:
-            key.append(KeyItem("hollow: over the budget", palette.MUTED, "."))
+            key.append(KeyItem("hollow: over the budget", palette.MUTED, "hollow"))
         sheet = Sheet(look, data, data["title"], body=130, key=key)
         axes = sheet.axes()
         for one in data["series"]:
@@ -117,7 +117,7 @@ def front_data(
             rows.append({**point, "front": point["peak_bytes"] < least})
             least = min(least, point["peak_bytes"])
         series.append({"method": method, "label": palette.method_label(method), "points": rows})
-    task = palette.task_label(runs[0].record.spec.task)
+    task = facts.data_title(runs[0].record)
     return facts.header("front", name, runs) | {
         "title": f"Memory against what it costs on {task}",
         "x_label": x_label,

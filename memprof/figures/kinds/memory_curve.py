@@ -9,10 +9,11 @@ from typing import Any
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from memprof.figures import facts, palette
+from memprof.figures.bands import MANY, band, draw
 from memprof.figures.kind import Kind
 from memprof.figures.style import KeyItem, Look, Sheet
 from memprof.records import Run
+from memprof.telling import facts, palette
 from memprof.units import in_unit
 
 MOST_POINTS = 6000
@@ -52,7 +53,7 @@ class MemoryCurve(Kind):
                 kv += sample.tokens.kv_bytes
         return facts.header("memory-curve", name, [run]) | {
             "method": facts.method_of(run),
-            "title": f"{label} on {palette.task_label(run.record.spec.task)}",
+            "title": f"{label} on {facts.data_title(run.record)}",
             "static_bytes": run.record.static_bytes,
             "dynamic_peak_bytes": top.dynamic_peak_bytes,
             "kv_cache_bytes": max(kv),
@@ -69,12 +70,18 @@ class MemoryCurve(Kind):
         colour, failed = palette.method_colour(data["method"]), [s for s in data["samples"] if s["status"] != "ok"]
         kv_colour = palette.PART_COLOURS["kv_cache"]
         fill = palette.tint(colour, 0.78)
+        many = len(data["samples"]) >= MANY
+        every, half = palette.tint(colour, 0.6), palette.tint(colour, 0.35)
         key = [
-            KeyItem("peak of each token", colour, "line"),
+            KeyItem("median peak of neighbouring samples" if many else "peak of each token", colour, "line"),
+            *([KeyItem("half of them", half), KeyItem("all", every)] if many else []),
+            KeyItem("activations and the rest", fill),
             KeyItem(f"KV cache ≤ {look.labelled(data['kv_cache_bytes'])}", kv_colour),
             *([KeyItem("failed", palette.ALARM, "x")] if failed else []),
         ]
-        sheet = Sheet(look, data, data["title"], body=112, right=26, key=key)
+        sheet = Sheet(
+            look, data, data["title"], body=112, left=look.left(data["axis_bytes"][1]), right=26, key=key
+        )
         axes, pt = sheet.axes(), look.pt
         step, peak, kv = _thinned(data["peak_allocated_bytes"], data["kv_bytes"])
         total = len(data["peak_allocated_bytes"])
@@ -82,13 +89,16 @@ class MemoryCurve(Kind):
         static, low, high = (in_unit(b, look.unit) for b in (data["static_bytes"], *data["axis_bytes"]))
         peaks, cache = look.scaled(peak), [static + v for v in look.scaled(kv)]
 
-        axes.stairs(peaks, edges, baseline=static, fill=True, color=fill, linewidth=0)
-        held = [min(c, p) for c, p in zip(cache, peaks, strict=True)]
-        axes.stairs(held, edges, baseline=static, fill=True, color=kv_colour, linewidth=0)
         axes.fill_between([0, total], [low, low], [static, static], color=palette.STATIC, linewidth=0)
-        axes.stairs(peaks, edges, baseline=None, color=colour, linewidth=pt(0.6))
+        if many:
+            self._band(axes, data, look, colour, (fill, every, half))
+        else:
+            axes.stairs(peaks, edges, baseline=static, fill=True, color=fill, linewidth=0)
+            held = [min(c, p) for c, p in zip(cache, peaks, strict=True)]
+            axes.stairs(held, edges, baseline=static, fill=True, color=kv_colour, linewidth=0)
+            axes.stairs(peaks, edges, baseline=None, color=colour, linewidth=pt(0.6))
         axes.axhline(static, color=palette.MUTED, linewidth=pt(0.5))
-        self._boundaries(axes, data, sheet, low, static)
+        self._failures(axes, data, sheet, low, static)
 
         axes.set_xlim(0, total)
         axes.set_ylim(low, high)
@@ -108,11 +118,23 @@ class MemoryCurve(Kind):
         return sheet.figure
 
     @staticmethod
-    def _boundaries(axes: Any, data: dict[str, Any], sheet: Sheet, low: float, static: float) -> None:
-        """White lines through the static band where a sample begins (every n-th where they would crowd)."""
-        starts = [s["start"] for s in data["samples"] if s["status"] == "ok"][1:]
-        every = max(1, ceil(len(starts) * sheet.look.pt(3.5) / (sheet.x1 - sheet.x0)))
-        axes.vlines(starts[every - 1 :: every], low, static, color="white", linewidth=sheet.look.pt(0.5))
+    def _band(axes: Any, data: dict[str, Any], look: Look, colour: str, tints: tuple[str, str, str]) -> None:
+        """Each sample's peak as a spread over its neighbours, and the median of what their caches held."""
+        total, static = len(data["peak_allocated_bytes"]), data["static_bytes"]
+        first = [s["start"] for s in data["samples"] if s["status"] == "ok"]
+        spans = [*zip(first, [*first[1:], total], strict=True)]
+        tops = band([max(data["peak_allocated_bytes"][a:b]) for a, b in spans])
+        cache = band([static + max(data["kv_bytes"][a:b]) for a, b in spans])
+        edges = [x * total / len(spans) for x in tops.edges]
+        foot = in_unit(static, look.unit)
+        axes.stairs(look.scaled(tops.low), edges, baseline=foot, fill=True, color=tints[0], linewidth=0)
+        held = look.scaled([min(pair) for pair in zip(cache.median, tops.low, strict=True)])
+        axes.stairs(held, edges, baseline=foot, fill=True, color=palette.PART_COLOURS["kv_cache"], linewidth=0)
+        draw(axes, tops, colour, tints[1:], look, scale=total / len(spans))
+
+    @staticmethod
+    def _failures(axes: Any, data: dict[str, Any], sheet: Sheet, low: float, static: float) -> None:
+        """A cross in the static band where a sample failed."""
         failed = [s["start"] for s in data["samples"] if s["status"] != "ok"]
         if failed:
             height = [static - 0.16 * (static - low)] * len(failed)
@@ -123,14 +145,27 @@ class MemoryCurve(Kind):
 
     @staticmethod
     def _torn_foot(axes: Any, total: int, low: float, high: float, sheet: Sheet) -> None:
-        """A white saw edge along the foot of the band, and a gap in the axis: the scale does not start at zero."""
+        """A white saw edge along the foot of the band, and a gap in the axis: the scale does not start at zero.
+
+        No value is written below the gap, where there is no scale.
+        """
         tooth, tall = sheet.look.pt(4), sheet.look.pt(3)
         width, height = sheet.x1 - sheet.x0, sheet.y1 - sheet.y0
         count = max(2, round(width / tooth / 2) * 2)
         xs = [total * i / count for i in range(count + 1)]
         ys = [low + (high - low) * tall / height * (i % 2) for i in range(count + 1)]
         axes.fill_between(xs, [low] * len(xs), ys, color="white", linewidth=0, zorder=2.2)
-        axes.spines["left"].set_bounds(low + (high - low) * tall * 1.6 / height, high)
+        foot = low + (high - low) * tall * 1.6 / height
+        axes.spines["left"].set_bounds(foot, high)
+        label = (high - low) * sheet.look.pt(6) / height
+        axes.set_yticks([at for at in axes.get_yticks() if foot + label <= at <= high])
+        slant, frame = sheet.look.pt(2.5), axes.get_yaxis_transform()
+        for lift in (0.0, sheet.look.pt(2.2)):  # the two strokes of a broken axis
+            at = foot + (high - low) * (lift - slant / 2) / height
+            axes.plot(
+                [-slant / width, slant / width], [at, at + (high - low) * slant / height], transform=frame,
+                color=palette.INK, linewidth=sheet.look.pt(0.6), clip_on=False,
+            )  # fmt: skip
 
     @staticmethod
     def _maximum(axes: Any, data: dict[str, Any], look: Look, static: float, total: int) -> None:

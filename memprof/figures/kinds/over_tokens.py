@@ -9,10 +9,10 @@ from typing import Any
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from memprof.figures import facts, palette
 from memprof.figures.kind import Kind
 from memprof.figures.style import KeyItem, Look, Sheet, text_width
 from memprof.records import Run
+from memprof.telling import facts, palette
 from memprof.units import in_unit
 
 
@@ -42,7 +42,7 @@ class OverTokens(Kind):
                     "kv_bytes": top.tokens.kv_bytes,
                 }
             )
-        task = palette.task_label(group[0].record.spec.task)
+        task = facts.data_title(group[0].record)
         return facts.header("over-tokens", name, group) | {"title": f"The highest sample on {task}", "panels": panels}
 
     def paint(self, data: dict[str, Any], look: Look) -> Figure:
@@ -51,19 +51,21 @@ class OverTokens(Kind):
         kv_colour = palette.PART_COLOURS["kv_cache"]
         key = [
             KeyItem("peak of the token", palette.INK, "line"),
-            KeyItem("held after it", palette.STATIC),
+            KeyItem("allocated after it", palette.STATIC),
             KeyItem("of which KV cache", kv_colour),
         ]
         gap, widest = pt(8), max(text_width(p["label"], look.base, "bold") for p in panels)
         room = look.width - pt(46)
         columns = min(len(panels), max(1, int((room + gap) // (max(widest + pt(6), pt(52)) + gap))))
         rows = ceil(len(panels) / columns)
+        columns = ceil(len(panels) / rows)  # four are two and two, not three and one
         sheet = Sheet(look, data, data["title"], body=96 * rows + 20 * (rows - 1), right=6, key=key)
         wide = (sheet.x1 - sheet.x0 - gap * (columns - 1)) / columns
+        tall = (sheet.y1 - sheet.y0 - pt(20) * (rows - 1)) / rows
         high = in_unit(max(max(p["peak_bytes"]) for p in panels), look.unit) * 1.36
         for number, panel in enumerate(panels):
             row, column = divmod(number, columns)
-            axes = sheet.axes((column * (wide + gap), (rows - 1 - row) * pt(116), wide, pt(96)))
+            axes = sheet.axes((column * (wide + gap), (rows - 1 - row) * (tall + pt(20)), wide, tall))
             edges = [i - 0.5 for i in range(len(panel["peak_bytes"]) + 1)]
             held, kv, peak = (look.scaled(panel[k]) for k in ("held_bytes", "kv_bytes", "peak_bytes"))
             colour = palette.method_colour(panel["method"])
@@ -78,14 +80,15 @@ class OverTokens(Kind):
                 1, 0.995, panel["label"], transform=axes.transAxes, ha="right", va="top", color=colour,
                 fontweight="bold", fontsize=look.base, parse_math=False,
             )  # fmt: skip
-            axes.text(
-                1, 0.90, look.labelled(panel["dynamic_peak_bytes"]), transform=axes.transAxes, ha="right", va="top",
-                fontsize=look.small, parse_math=False,
+            axes.annotate(
+                look.labelled(panel["dynamic_peak_bytes"]), (1, 0.995), xycoords="axes fraction", xytext=(0, pt(-9.5)),
+                textcoords="offset points", ha="right", va="top", fontsize=look.small, parse_math=False,
             )  # fmt: skip
             if column:
                 axes.tick_params(labelleft=False)
             else:
                 axes.set_ylabel(f"dynamic memory ({look.unit})")
-            if row == rows - 1 and column == (len(panels) - 1 - row * columns) // 2:
-                axes.set_xlabel("token (0 is prefill)")
+            last = len(panels) - (rows - 1) * columns
+            if row == rows - 1 and column == (last - 1) // 2:
+                axes.set_xlabel("token (0 is prefill)", x=0.5 if last % 2 else 1 + gap / (2 * wide))
         return sheet.figure

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import math
+from collections import Counter
 from collections.abc import Sequence
 from math import ceil
 from typing import Any
 
+from matplotlib.collections import LineCollection
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from memprof.figures import facts, palette
+from memprof.figures.bands import MANY, band, draw
 from memprof.figures.kind import Kind
 from memprof.figures.style import KeyItem, Look, Sheet, text_width
 from memprof.records import Run
+from memprof.telling import facts, palette
 from memprof.units import in_unit
 
 DASHES: tuple[Any, ...] = ("-", (0, (3.5, 1.2)), (0, (1.2, 1)), (0, (5, 1, 1, 1)))
@@ -20,10 +24,11 @@ MOST_POINTS = 6000
 
 
 class Overlay(Kind):
-    """One figure a group of runs: each sample's peak as a firm line, each token's as a pale one, zero is static.
+    """One figure a group of runs: what each token took at its highest instant, zero is static.
 
-    A line that another covers is drawn wider, so that both are seen.
-    Names stand at the right, each at its method's maximum, with the value and the change against Baseline.
+    Many samples are a band, median, quartiles, extremes, in the order of their peaks. Methods that coincide share one
+    line, which carries both names. Names stand at the right, each at its method's maximum, with the value and the
+    change against Baseline.
     """
 
     def plan(self, runs: Sequence[Run]) -> list[dict[str, Any]]:
@@ -67,7 +72,7 @@ class Overlay(Kind):
                     "token_peak_bytes": tokens,
                 }
             )
-        task = palette.task_label(group[0].record.spec.task)
+        task = facts.data_title(group[0].record)
         return facts.header("overlay", name, group, facts.comparisons(group)) | {
             "title": f"Dynamic memory on {task}",
             "samples": samples,
@@ -75,60 +80,59 @@ class Overlay(Kind):
         }
 
     def paint(self, data: dict[str, Any], look: Look) -> Figure:
-        """Highest first, so that the lower ones lie in front."""
-        pt = look.pt
-        order = sorted(data["series"], key=lambda s: -s["dynamic_peak_bytes"])
+        """Highest first, so that the lower ones lie in front; of single lines, sample by sample."""
+        order = _merged(sorted(data["series"], key=lambda s: -s["dynamic_peak_bytes"]))
+        many, count = len(data["samples"]) >= MANY, len(data["samples"])
+        ranks = _ranks(data["series"][0]["sample_peak_bytes"]) if many else list(range(count))
         notes = [facts.peak_text(look.labelled(s["dynamic_peak_bytes"]), s["saving"]) for s in order]
-        widest = max(
-            [text_width(s["label"], look.base, "bold") for s in order] + [text_width(n, look.small) for n in notes]
-        )
-        key = [KeyItem("peak of each sample", palette.INK, "line"), KeyItem("of each token", palette.RULE, "line")]
-        body = max(118, 20 * len(order))
-        sheet = Sheet(look, data, data["title"], body=body, right=widest / look.scale + 18, key=key)
-        axes = sheet.axes()
-        total = sum(s["tokens"] for s in data["samples"])
+        names = [line for s in order for line in s["label"].split("\n")]
+        widest = max([text_width(n, look.base, "bold") for n in names] + [text_width(n, look.small) for n in notes])
+        key = [KeyItem("peak of each token", palette.INK, "line")]
+        if many:
+            key = [
+                KeyItem("median of neighbouring samples", palette.INK, "line"),
+                KeyItem("half of them", palette.tint(palette.INK, 0.6)),
+                KeyItem("all", palette.tint(palette.INK, 0.82)),
+            ]  # fmt: skip
+        body = max(118, len(order) * _room(order))
         top = max(s["dynamic_peak_bytes"] for s in order)
-        edges = [s["start"] for s in data["samples"]] + [total]
-        step = max(1, ceil(total / MOST_POINTS))
-        token_edges = [*range(0, total, step), total]
-        worn: dict[str, int] = {}
-        for number, series in enumerate(order):
-            under = sum(_coincide(series, later) for later in order[number + 1 :])
-            colour = palette.method_colour(series["method"])
-            dash = DASHES[worn.setdefault(series["method"], 0) % len(DASHES)]
-            worn[series["method"]] += 1
-            tokens = [
-                max((v for v in series["token_peak_bytes"][a : a + step] if v is not None), default=None)
-                for a in range(0, total, step)
-            ]
-            pale = palette.tint(colour, 0.62)
-            axes.stairs(look.scaled(tokens), token_edges, baseline=None, color=pale, linewidth=pt(0.5))
-            axes.stairs(
-                look.scaled(series["sample_peak_bytes"]), edges, baseline=None, color=colour, linestyle=dash, zorder=3,
-                linewidth=pt(1.1 + 1.5 * min(under, 3)),
-            )  # fmt: skip
+        sheet = Sheet(
+            look, data, data["title"], body=body, left=look.left(top), right=widest / look.scale + 18, key=key
+        )
+        axes = sheet.axes()
+        total = count if many else sum(s["tokens"] for s in data["samples"])
+        if many:
+            for series in order:
+                colour = palette.method_colour(series["method"])
+                tints = palette.tint(colour, 0.82), palette.tint(colour, 0.6)
+                draw(axes, band([series["sample_peak_bytes"][i] for i in ranks]), colour, tints, look)
+        else:
+            axes.add_collection(_lines(order, data["samples"], total, look), autolim=False)
         axes.set_xlim(0, total)
         axes.set_ylim(0, in_unit(top, look.unit) * 1.06)
         axes.yaxis.set_major_locator(MaxNLocator(5, steps=[1, 2, 2.5, 5, 10]))
         axes.xaxis.set_major_locator(MaxNLocator(5, integer=True))
         axes.set_ylabel(f"dynamic GPU memory ({look.unit})")
-        count = len(data["samples"])
-        axes.set_xlabel(f"generated token over the run ({count} sample{'s' * (count != 1)})")
-        self._names(sheet, axes, order, notes, data["samples"], total)
+        first = data["series"][0]["label"]
+        axes.set_xlabel(
+            f"samples by rising peak under {first} ({count:,})" if many
+            else f"generated token over the run ({count} sample{'s' * (count != 1)})"
+        )  # fmt: skip
+        starts = range(count) if many else [data["samples"][i]["start"] for i in ranks]
+        middle = {data["samples"][i]["id"]: start + 0.5 for i, start in zip(ranks, starts, strict=True)}
+        self._names(sheet, axes, order, notes, middle, total)
         return sheet.figure
 
     @staticmethod
     def _names(
-        sheet: Sheet, axes: Any, order: list[dict[str, Any]], notes: list[str], samples: list[dict[str, Any]],
-        total: int,
-    ) -> None:  # fmt: skip
+        sheet: Sheet, axes: Any, order: list[dict[str, Any]], notes: list[str], middle: dict[str, float], total: int
+    ) -> None:
         """A dot at each maximum, and level with it at the right the name, moved apart where names would touch."""
         look, pt = sheet.look, sheet.look.pt
         low, high = axes.get_ylim()
         per_point = (high - low) / (sheet.y1 - sheet.y0)
         wanted = [in_unit(s["dynamic_peak_bytes"], look.unit) for s in order]
-        placed = _apart(wanted, pt(18.5) * per_point, low + pt(9) * per_point, high)
-        middle = {s["id"]: s["start"] + 0.5 for s in samples}
+        placed = _apart(wanted, pt(_room(order)) * per_point, low + pt(9) * per_point, high)
         frame = axes.get_yaxis_transform()
         wide = axes.get_position().width * look.width
         for series, note, value, y in zip(order, notes, wanted, placed, strict=True):
@@ -149,11 +153,64 @@ class Overlay(Kind):
             )  # fmt: skip
 
 
+def _lines(
+    order: Sequence[dict[str, Any]], samples: Sequence[dict[str, Any]], total: int, look: Look
+) -> LineCollection:
+    """A line a method and sample, steps from token to token; in each sample the lower ones lie in front."""
+    step, worn = max(1, ceil(total / MOST_POINTS)), Counter[str]()
+    eye = max(s["dynamic_peak_bytes"] for s in order) / 100  # closer than that, the order of methods decides
+    pieces = []
+    for series in order:
+        colour, dash = palette.method_colour(series["method"]), DASHES[worn[series["method"]] % len(DASHES)]
+        worn[series["method"]] += 1
+        before: float | None = None
+        for sample, peak in zip(samples, series["sample_peak_bytes"], strict=True):
+            start, stop = sample["start"], sample["start"] + sample["tokens"]
+            held = [b for b in series["token_peak_bytes"][start:stop] if b is not None]
+            stop = start + len(held)
+            heights = look.scaled([max(held[a : a + step]) for a in range(0, len(held), step)])
+            if heights:
+                edges = [*range(start, stop, step), stop]
+                ends = [x for x in edges for _ in range(2)][1:-1]
+                path = [*zip(ends, [y for y in heights for _ in range(2)], strict=True)]
+                pieces.append((-round(peak / eye), colour, dash, path if before is None else [(start, before), *path]))
+            before = heights[-1] if heights else None
+    pieces.sort(key=lambda piece: piece[0])
+    _, colours, dashes, paths = zip(*pieces, strict=True)
+    return LineCollection(
+        paths, colors=colours, linestyles=dashes, linewidths=look.pt(0.8), zorder=3, capstyle="butt", joinstyle="miter"
+    )
+
+
+def _ranks(peaks: Sequence[int | None]) -> list[int]:
+    """Indices of samples by rising peak; those without one come last."""
+    known = [(math.inf if peak is None else peak, i) for i, peak in enumerate(peaks)]
+    return [i for _, i in sorted(known)]
+
+
+def _room(order: Sequence[dict[str, Any]]) -> float:
+    """Points that the names of a line and its value need, one below the other."""
+    return 9.5 + 9.0 * max(1 + int(s["label"].count("\n")) for s in order)
+
+
+def _merged(series: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """``series`` with those that coincide as one, under all their names."""
+    kept: list[dict[str, Any]] = []
+    for one in series:
+        twin = next((other for other in kept if _coincide(other, one)), None)
+        if twin is None:
+            kept.append(dict(one))
+        else:
+            twin["label"] = f"{twin['label']},\n{one['label']}"
+    return kept
+
+
 def _coincide(one: dict[str, Any], other: dict[str, Any]) -> bool:
-    """Whether two methods' peaks are the same, to the eye, on most samples."""
+    """Whether two methods' peaks are the same, to the eye, on most samples, and their highest too."""
     pairs = zip(one["sample_peak_bytes"], other["sample_peak_bytes"], strict=True)
     close: list[bool] = [abs(a - b) <= 0.01 * max(a, b) for a, b in pairs if a is not None and b is not None]
-    return 2 * sum(close) > len(close)
+    highest = one["dynamic_peak_bytes"], other["dynamic_peak_bytes"]
+    return 2 * sum(close) > len(close) and abs(highest[0] - highest[1]) <= 0.01 * max(highest)
 
 
 def _apart(wanted: Sequence[float], gap: float, low: float, high: float) -> list[float]:

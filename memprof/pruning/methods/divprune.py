@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from memprof.plugins import setting
-from memprof.pruning import OneCut
+from memprof.pruning import OneCut, positions_setting
 
 if TYPE_CHECKING:
     import torch
@@ -24,15 +24,16 @@ class DivPrune(OneCut):
 
     Where it departs: the code holds the matrix of all pairs in the model's dtype and gathers a growing part of it at
     every step; here each step computes one row in float32. The tokens are those of the code in exact arithmetic, and
-    copies of a kept token can come in again here only last, never twice. The code numbers what it keeps anew from 0;
-    memprof keeps the original positions, as for every method.
+    copies of a kept token can come in again here only last, never twice.
     """
 
     title = "DivPrune"
     paper = "DivPrune, CVPR 2025, arXiv:2503.02175"
     reference = "vbdi/divprune, LlavaMetaForCausalLM.DivPrune"
-    departs = "original positions; distances a row at a time in float32, never the matrix of all pairs"
+    departs = "distances a row at a time in float32, never the matrix of all pairs"
+    sequential = True
     layer: int = setting(0, "decoder layers that still see every token", origin="paper", ge=0)
+    positions: str = positions_setting("compact", "code")
 
     @property
     def needs(self) -> frozenset[str]:
@@ -45,7 +46,6 @@ class DivPrune(OneCut):
 
         from memprof.pruning.pairs import lengths
 
-        assert view.source is not None
         unit = view.source / lengths(view.source)[:, None]
         columns = unit.T
         chosen = [_nearest_neighbour(unit).argmin(1)]

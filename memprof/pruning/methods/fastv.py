@@ -53,5 +53,5 @@ class FastV(OneCut):
 
     def select(self, view: View, kept: int) -> torch.Tensor:
         """The ``kept`` tokens with the highest scores."""
-        scores = view.map() if self.scores == "map" else view.row()
+        scores = view.map if self.scores == "map" else view.row
         return scores.topk(kept, sorted=False).indices

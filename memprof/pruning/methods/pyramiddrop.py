@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from memprof.errors import BadValue
 from memprof.plugins import setting
-from memprof.pruning import Pruner, Stage
+from memprof.pruning import Pruner, Stage, positions_setting
 
 if TYPE_CHECKING:
     import torch
@@ -25,15 +25,17 @@ class PyramidDrop(Pruner):
     BEHIND the cut: its norm and projections run once more ahead of it (code, ``pdrop_rank_drop``). Counts are
     ``int(n * keep ** cut)``, as in the code.
 
-    Where it departs: the code numbers what it keeps anew from 0 in the layers behind each cut; memprof keeps the
-    original positions. Of queries only the last is projected, and no values, where the code projects all three for
+    The code numbers what it keeps anew from 0 in the layers behind each cut, which is the default; that decoding then
+    goes on from each layer's own number of tokens is memprof's choice.
+
+    Where it departs: of queries only the last is projected, and no values, where the code projects all three for
     every token. Depths that four does not divide (the code's lists name layers by hand) are cut at the floor.
     """
 
     title = "PyramidDrop"
     paper = "PyramidDrop, CVPR 2025, arXiv:2410.17247"
     reference = "Cooperx521/PyramidDrop, LlamaModel.pdrop_rank_drop"
-    departs = "original positions, KV ragged; one query projected for the rank, not all"
+    departs = "KV ragged; one query projected for the rank, not all"
     keep: float = setting(
         0.5,
         "share of the visual tokens that each cut keeps (the paper's lambda)",
@@ -44,6 +46,7 @@ class PyramidDrop(Pruner):
         monotone=True,
     )
     parts: int = setting(4, "equal parts of the depth, one cut between each two", origin="paper", ge=2, search=(2, 6))
+    positions: str = positions_setting("compact", "code")
 
     @property
     def needs(self) -> frozenset[str]:
@@ -64,4 +67,4 @@ class PyramidDrop(Pruner):
 
     def select(self, view: View, kept: int) -> torch.Tensor:
         """The ``kept`` tokens with the highest scores."""
-        return view.ahead().topk(kept, sorted=False).indices
+        return view.ahead.topk(kept, sorted=False).indices

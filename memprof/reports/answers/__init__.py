@@ -8,9 +8,10 @@ from typing import TYPE_CHECKING
 
 from memprof.asked import Asked
 from memprof.errors import BadValue, MemprofError, UnknownName
-from memprof.figures.facts import slug
+from memprof.files import replace
 from memprof.reports.answers import html, markdown, terminal
 from memprof.reports.answers.sheet import as_json, legend, sheet
+from memprof.telling.facts import slug
 from memprof.units import check_unit
 
 if TYPE_CHECKING:
@@ -84,12 +85,12 @@ def _format_of(path: Path) -> str | None:
 def _write(asked: Asked, path: Path, name: str, unit: str) -> list[Path]:
     """One page, and what lies beside it: the first is the page."""
     if name != "markdown":
-        path.write_text(render(name, asked, unit), encoding="utf-8", newline="")
+        replace(path, render(name, asked, unit))
         return [path]
     drawn = _pictures(asked, legends=True)
     files = {label: path.with_name(f"{slug(path.stem)}-{slug(label)}.png") for label in drawn}
     names = {label: file.name for label, file in files.items()}
-    path.write_text(markdown.render(asked, unit, pictures=names), encoding="utf-8", newline="")
+    replace(path, markdown.render(asked, unit, pictures=names))
     for label, picture in drawn.items():
         picture.save(files[label], optimize=True)
     return [path, *files.values()]
@@ -99,7 +100,7 @@ def _pictures(asked: Asked, *, legends: bool) -> dict[str, Image]:
     """What each method kept, drawn, by its label."""
     from memprof.figures import kept
 
-    if asked.tiles is None:
+    if asked.tiles is None or asked.grid is None:
         return {}
     return {
         one.label: kept.draw(asked.tiles, asked.grid, one.tokens, legend(one, asked) if legends else ())

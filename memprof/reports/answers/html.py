@@ -11,9 +11,9 @@ from importlib.resources import files
 from typing import TYPE_CHECKING
 
 from memprof.asked import Asked
-from memprof.figures.palette import method_colour
 from memprof.reports.answers.sheet import HEAD, Column, Sheet, key_text, sheet
 from memprof.reports.answers.words import Marked
+from memprof.telling.palette import method_colour
 
 if TYPE_CHECKING:
     from PIL.Image import Image

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
 
 from memprof.asked import Answer, Asked, Grid
-from memprof.figures import facts
 from memprof.reports.answers.words import Marked, mark, readable
 from memprof.reports.rows import number, percent, plain
+from memprof.telling import facts
 
 HEAD = ("method", "kept", "new tokens", "peak", "dynamic peak", "saved", "KV cache", "FLOPs cut", "status")
 #: Said of the answer that the others are held against.
@@ -81,11 +82,12 @@ def sheet(asked: Asked, unit: str) -> Sheet:
     )
 
 
-def kept_text(answer: Answer, grid: Grid) -> str:
+def kept_text(answer: Answer) -> str:
     """``'128 of 256 visual tokens, from layer 2 on'``."""
+    every = answer.sample.visual_tokens
     if not answer.cuts:
-        return f"all {grid.tokens} visual tokens"
-    cut, share = answer.cuts[-1], f"{answer.kept} of {grid.tokens} visual tokens"
+        return f"all {every} visual tokens"
+    cut, share = answer.cuts[-1], f"{answer.kept} of {every} visual tokens"
     where = f"after {cut.layer} layers" if cut.layer else "before the language model"
     if len(answer.cuts) > 1:
         where = f"after the last of {len(answer.cuts)} cuts ({', '.join(str(each.kept) for each in answer.cuts)})"
@@ -95,7 +97,7 @@ def kept_text(answer: Answer, grid: Grid) -> str:
 def key_text(asked: Asked) -> str:
     """How the pictures are to be read."""
     return "kept visual tokens are clear, dropped ones veiled" + (
-        "; on the right the thumbnail" if asked.grid.thumbnail else ""
+        "; on the right the thumbnail" if asked.grid and asked.grid.thumbnail else ""
     )
 
 
@@ -130,7 +132,7 @@ def as_json(asked: Asked) -> Mapping[str, object]:
         "image": {"name": asked.image, "width": asked.picture.width, "height": asked.picture.height},
         "model": asked.model,
         "weights": asked.weights,
-        "grid": {"columns": grid.columns, "rows": grid.rows, "thumbnail": grid.thumbnail, "side": grid.side},
+        "grid": None if grid is None else {**dataclasses.asdict(grid), "side": _side(grid)},
         "answers": [
             {
                 **summarize(one.run),
@@ -150,6 +152,11 @@ def as_json(asked: Asked) -> Mapping[str, object]:
     }
 
 
+def _side(grid: Grid) -> int | None:
+    """Tokens along each edge of a tile that is a square."""
+    return grid.across if grid.across == grid.down else None
+
+
 def _column(asked: Asked, one: Answer, name: str, first: str) -> Column:
     reference = asked.reference
     answer, compared = None, ""
@@ -158,7 +165,7 @@ def _column(asked: Asked, one: Answer, name: str, first: str) -> Column:
         alone = sum(other.text is not None for other in asked.answers) == 1
         compared = compared_text(answer, first) if one is not reference else "" if alone else _REFERENCE
     error = None if one.sample.ok else f"{one.sample.status}: {plain(one.sample.error or 'no reason recorded')}"
-    return Column(name, facts.method_of(one.run), answer, compared, kept_text(one, asked.grid), error, one.tokens)
+    return Column(name, facts.method_of(one.run), answer, compared, kept_text(one), error, one.tokens)
 
 
 def _row(asked: Asked, one: Answer, name: str, unit: str) -> list[str]:
@@ -168,7 +175,7 @@ def _row(asked: Asked, one: Answer, name: str, unit: str) -> list[str]:
     peak, sizes = total["peak_allocated_bytes"], [total["dynamic_peak_bytes"], total["kv_cache_bytes"]]
     dynamic, cache = (number(size, unit) for size in sizes)
     return [
-        name, f"{one.kept}/{asked.grid.tokens}", str(len(one.sample.tokens)) if one.sample.ok else "-",
+        name, f"{one.kept}/{one.sample.visual_tokens}", str(len(one.sample.tokens)) if one.sample.ok else "-",
         number(peak, unit), dynamic, percent(facts.saving(one.run, group)), cache, percent(total["visual_flops_cut"]),
         one.run.record.status if one.sample.ok else one.sample.status,
     ]  # fmt: skip

@@ -15,10 +15,10 @@ from rich.text import Text
 
 from memprof.asked import Asked
 from memprof.figures import kept as drawing
-from memprof.figures.palette import method_colour
 from memprof.reports._paper import Paper
 from memprof.reports.answers.sheet import HEAD, Column, Sheet, key_text, sheet
 from memprof.reports.answers.words import Marked
+from memprof.telling.palette import method_colour
 
 #: Narrowest column an answer is set in, and space between two.
 _NARROW, _SPACE = 24, 2
@@ -72,6 +72,7 @@ def _side_by_side(console: Console, asked: Asked, said: Sheet, columns: int, *, 
 
 def _key(asked: Asked, room: int) -> str:
     """How a map without colour is to be read."""
+    assert asked.grid is not None
     pool = drawing.cells(asked.grid, np.zeros(asked.grid.tokens), min(room, _MAP))[1]
     squares = f"; shades are shares of {pool} × {pool} visual tokens" if pool > 1 else ""
     return f"maps: blocks were kept, dots dropped{squares}"
@@ -109,7 +110,7 @@ def _numbers(said: Sheet) -> Table:
 
 def _map(asked: Asked, one: Column, room: int, *, colour: bool) -> Text:
     """The picture's visual tokens, kept ones solid; in colour the picture itself, dropped ones veiled."""
-    if one.tokens is None or asked.tiles is None:
+    if one.tokens is None or asked.tiles is None or asked.grid is None:
         return Text("")
     grid, room = asked.grid, min(room, _MAP)
     stays = drawing.staying(grid, one.tokens).astype(np.float64)

@@ -10,9 +10,9 @@ import json
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from memprof.figures import facts
-from memprof.figures.palette import PART_LABELS
 from memprof.records import PARTS, Run, SampleRecord
+from memprof.telling import facts
+from memprof.telling.palette import PART_LABELS
 
 #: What a token lasts where nothing was timed, in microseconds.
 UNTIMED_US = 1000

@@ -7,12 +7,13 @@ import dataclasses
 import io
 from collections.abc import Sequence
 
+from memprof.lines import visible
 from memprof.records import Run, TokenColumns
 
 COLUMNS = tuple(f.name for f in dataclasses.fields(TokenColumns))
 HEAD = (
     "run", "model", "method", "task", "data", "device", "status", "stack", "static_bytes", "sample", "sample_status",
-    "error", "token", *COLUMNS,
+    "error", "token", *COLUMNS, "run_complete",
 )  # fmt: skip
 
 
@@ -30,14 +31,18 @@ def render(runs: Sequence[Run], unit: str = "GiB") -> str:
         )  # fmt: skip
         for sample in run.samples:
             named = (*about, sample.id, sample.status, sample.error or "")
+            whole = "no" if run.unfinished else "yes"
             columns = [getattr(sample.tokens, name) for name in COLUMNS]
             for token, values in enumerate(zip(*columns, strict=True)):
-                writer.writerow(map(_safe, (*named, token, *values)))
+                writer.writerow(map(_safe, (*named, token, *values, whole)))
             if not len(sample.tokens):
-                writer.writerow(map(_safe, (*named, *[""] * (1 + len(COLUMNS)))))
+                writer.writerow(map(_safe, (*named, *[""] * (1 + len(COLUMNS)), whole)))
     return file.getvalue()
 
 
 def _safe(value: object) -> object:
-    """A cell that no spreadsheet takes for a formula."""
-    return f"'{value}" if isinstance(value, str) and value.startswith(("=", "+", "-", "@", "\t", "\r")) else value
+    """A cell that no spreadsheet takes for a formula, and no terminal for an order."""
+    if not isinstance(value, str):
+        return value
+    text = visible(value, but="\t\u2028\u2029")
+    return f"'{text}" if value.lstrip().startswith(("=", "+", "-", "@")) or value.startswith(("\t", "\r")) else text

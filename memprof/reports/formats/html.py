@@ -2,67 +2,38 @@
 
 from __future__ import annotations
 
-import base64
-import hashlib
-import html
-import json
 from collections.abc import Sequence
-from importlib.resources import files
+from datetime import date
 from typing import Any
 
-from memprof import __version__
-from memprof.figures.facts import method_of
-from memprof.figures.palette import PART_COLOURS, PART_LABELS, method_colour, task_label
 from memprof.records import PARTS, Run, SampleRecord
-from memprof.reports.rows import Sheet, sheets
-from memprof.units import DISPLAY_UNITS
+from memprof.reports.pages import page
+from memprof.reports.rows import Sheet, plain, sheets
+from memprof.telling.facts import data_title, method_of
+from memprof.telling.holders import leading_part, words_for
+from memprof.telling.palette import PART_COLOURS, PART_LABELS, method_colour
+from memprof.telling.words import WORDS
+from memprof.units import DISPLAY_UNITS, format_bytes
+from memprof.version import VERSION
 
 
 def render(runs: Sequence[Run], unit: str = "GiB") -> str:
-    """The page for ``runs``: those of one model, task and stack together, one group on screen at a time.
-
-    The browser is forbidden by the page itself to load anything or to run any script but the page's own, so a text of a
-    data set can do no harm even if it got where it should not be.
-    """
+    """The page for ``runs``: those of one model, task and stack together, one group on screen at a time."""
     drawn = [sheet for sheet in sheets(runs, unit) if any(run.finished for run in sheet.runs)]
     data = {
-        "version": __version__,
+        "version": VERSION,
+        "date": f"{date.today():%Y-%m-%d}",
+        "words": WORDS,
         "unit": unit,
         "per_unit": DISPLAY_UNITS[unit],
         "parts": [{"key": p, "label": PART_LABELS[p], "colour": PART_COLOURS[p]} for p in PARTS],
-        "groups": [_group(sheet) for sheet in drawn],
+        "groups": [_group(sheet, unit) for sheet in drawn],
     }
-    style, script, page = (_asset(name) for name in ("page.css", "page.js", "page.html"))
-    holes = {
-        "STYLE_HASH": _digest(style),
-        "SCRIPT_HASH": _digest(script),
-        "TITLE": html.escape("memprof: " + " / ".join(dict.fromkeys(s.title for s in drawn)) if drawn else "memprof"),
-        "STYLE": style,
-        "SCRIPT": script,
-        "DATA": embed(data),
-    }
-    head, *pieces = page.split("@")
-    filled = [holes[piece] if number % 2 == 0 else piece for number, piece in enumerate(pieces)]
-    return head + "".join(filled)
+    title = "memprof: " + " / ".join(dict.fromkeys(s.title for s in drawn)) if drawn else "memprof"
+    return page("memprof.reports", title, data)
 
 
-def embed(data: Any) -> str:
-    """JSON that may stand in a ``<script>`` element: no text in it can end the element or begin another."""
-    text = json.dumps(data, ensure_ascii=False, separators=(",", ":"))
-    for character in "<>&\u2028\u2029":
-        text = text.replace(character, f"\\u{ord(character):04x}")
-    return text
-
-
-def _asset(name: str) -> str:
-    return files("memprof.reports").joinpath("page", name).read_text(encoding="utf-8")
-
-
-def _digest(text: str) -> str:
-    return base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()
-
-
-def _group(sheet: Sheet) -> dict[str, Any]:
+def _group(sheet: Sheet, unit: str) -> dict[str, Any]:
     runs = sheet.runs
     first = runs[0].record
     by_id = [{sample.id: sample for sample in run.samples} for run in runs]
@@ -75,13 +46,14 @@ def _group(sheet: Sheet) -> dict[str, Any]:
         category = next((s.category for s in found if s.category), None)
         samples.append({"id": name, "start": at, "tokens": count, "failed": not count, "category": category})
         at += count
-    tab = f"{task_label(first.spec.task)}" + ("" if first.spec.stack == "current" else f", {first.spec.stack} stack")
+    tab = f"{data_title(first)}" + ("" if first.spec.stack == "current" else f", {first.spec.stack} stack")
     return {
         "tab": f"{tab}, {first.status}",
         "title": sheet.title,
         "status": first.status,
         "origin": sheet.origin,
         "remarks": sheet.remarks,
+        "said": [line for run, row in zip(runs, sheet.rows, strict=True) if (line := _said(run, row[0], unit))],
         "head": sheet.head,
         "rows": sheet.rows,
         "quality_head": sheet.quality_head,
@@ -94,6 +66,21 @@ def _group(sheet: Sheet) -> dict[str, Any]:
             for run, row, there in zip(runs, sheet.rows, by_id, strict=True)
         ],
     }
+
+
+def _said(run: Run, label: str, unit: str) -> str | None:
+    """Who holds a run's highest instant, in one sentence; None where nothing finished."""
+    top = run.highest
+    if top is None or not top.peak_parts or not top.dynamic_peak_bytes:
+        return None
+    part = leading_part(top.peak_parts)
+    share = top.peak_parts[part] / top.dynamic_peak_bytes
+    where = "the vision encoder" if top.peak_phase == "vision" else top.peak_phase or f"token {top.peak_token}"
+    return (
+        f"{label} peaks in {where} of sample {plain(top.id, 60)}: {format_bytes(top.peak_allocated_bytes, unit, 2)} "
+        f"allocated, {format_bytes(top.dynamic_peak_bytes, unit, 2)} of it above static, {share:.0%} of that in "
+        f"{words_for(part, top.peak_holders)}."
+    )
 
 
 def _run(run: Run, label: str, samples: list[tuple[SampleRecord | None, int]]) -> dict[str, Any]:

@@ -1,24 +1,20 @@
-"""Tables for a terminal, 80 columns or more: the runs of a task together, and below them where they come from."""
+"""Tables for a terminal: the runs of a task together, and below them where they come from. Too narrow, they stack."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
-from rich import box
 from rich.console import Console
-from rich.table import Table
 from rich.text import Text
 
-from memprof.figures import facts
-from memprof.figures.palette import method_colour
 from memprof.records import Run
+from memprof.reports._fitting import fitting
 from memprof.reports._paper import Paper
-from memprof.reports.rows import Sheet, sheets
+from memprof.reports.rows import CALLERS_HEAD, CALLERS_TITLE, Sheet, sheets
+from memprof.telling import facts
+from memprof.telling.palette import method_colour
 
 MOST_REMARKS = 5
-NARROW = {"keep/pruned": "keep/\npruned", "reserved": "re-\nserved"}
-#: From this width on, headings stand in one line.
-ROOMY = 112
 
 
 def render(runs: Sequence[Run], unit: str = "GiB", *, width: int | None = None, colour: bool = False) -> str:
@@ -33,25 +29,16 @@ def render(runs: Sequence[Run], unit: str = "GiB", *, width: int | None = None, 
 
 def _print(console: Console, sheet: Sheet) -> None:
     console.print(Text(sheet.heading, style="bold"))
-    roomy = console.width >= ROOMY
-    console.print(_table(sheet, sheet.head, sheet.rows, roomy=roomy))
+    of_methods = [method_colour(facts.method_of(run)) for run in sheet.runs]
+    console.print(fitting(console, of_methods, sheet.head, sheet.rows))
+    if sheet.callers:
+        console.print(Text(CALLERS_TITLE, style="bold"))
+        console.print(fitting(console, [""] * len(sheet.callers), CALLERS_HEAD, sheet.callers))
     if sheet.quality:
         console.print(Text("What it costs, mean [95 % bootstrap interval over samples]", style="bold"))
-        console.print(_table(sheet, sheet.quality_head, sheet.quality, roomy=roomy))
+        console.print(fitting(console, of_methods, sheet.quality_head, sheet.quality))
     for line in sheet.remarks[:MOST_REMARKS]:
         console.print(Text(line, style="yellow"))
     if len(sheet.remarks) > MOST_REMARKS:
         console.print(Text(f"... and {len(sheet.remarks) - MOST_REMARKS} more", style="yellow"))
-    console.print(Text(sheet.origin, style="dim"))
-
-
-def _table(sheet: Sheet, head: Sequence[str], rows: Sequence[Sequence[str]], *, roomy: bool) -> Table:
-    table = Table(box=box.HORIZONTALS, padding=(0, 2 if roomy else 1, 0, 0), pad_edge=False, header_style="bold")
-    for name in head:
-        left = name in ("method", "status")
-        title = Text(name if roomy else NARROW.get(name, name.replace(" ", "\n")))
-        table.add_column(title, justify="left" if left else "right", no_wrap=name != "method", vertical="bottom")
-    for run, (name, *cells) in zip(sheet.runs, rows, strict=True):
-        shown = cells if roomy else [cell.replace(" / ", "/").replace(" [", "\n[") for cell in cells]
-        table.add_row(Text(name, style=method_colour(facts.method_of(run))), *map(Text, shown))
-    return table
+    console.print(Text(" · ".join([sheet.legend[-1], sheet.origin]), style="dim"))

@@ -63,7 +63,7 @@
       for (const t of places.at) if (Number.isInteger(t))
         root.append(svg("text", { x: x(t + (draw.centred ? 0.5 : 0)), y: height - bottom + 17, "text-anchor": "middle" }, t));
       root.append(svg("text", { x: box.left + box.width / 2, y: height - 3, "text-anchor": "middle" }, xlabel),
-        svg("text", { transform: `translate(12 ${box.top + box.height / 2}) rotate(-90)`, "text-anchor": "middle" }, ylabel));
+        svg("text", { transform: `translate(12 ${box.top + box.height / 2}) rotate(-90)`, "text-anchor": "middle" }, typeof ylabel === "function" ? ylabel() : ylabel));
       const clip = svg("svg", { x: box.left, y: 0, width: box.width, height: height - bottom + 1, viewBox: `${box.left} 0 ${box.width} ${height - bottom + 1}` });
       draw(clip, x, y, x0, x1, box);
       const cursor = svg("line", { class: "cursor", y1: box.top, y2: box.top + box.height, visibility: "hidden" });
@@ -110,6 +110,40 @@
     return host;
   };
 
+  // ---- what can be taken along -------------------------------------------------------------------------------------
+  const touch = matchMedia("(pointer: coarse)").matches || navigator.maxTouchPoints > 0;
+  const take = (name, url) => { const link = el("a", { href: url, download: name }); document.body.append(link); link.click(); link.remove(); };
+  const save = (name, type, text) => take(name, `data:${type};charset=utf-8,${encodeURIComponent(text)}`);
+  const cell = (v) => {
+    const text = v === null || v === undefined ? "" : String(v), safe = /^[=+\-@\t\r]/.test(text) && typeof v !== "number" ? `'${text}` : text;
+    return /[",\n]/.test(safe) ? `"${safe.replaceAll('"', '""')}"` : safe;
+  };
+  const csv = (g) => [["sample", "token", ...g.runs.map((run) => `${run.label}, bytes above static`)],
+    ...g.samples.flatMap((s) => Array.from({ length: s.tokens }, (_, t) => [s.id, t, ...g.runs.map((run) => run.peak[s.start + t])]))]
+    .map((row) => row.map(cell).join(",")).join("\n") + "\n";
+  const drawn = (host) => { // a picture that stands alone: colours and type come from the page's style
+    const from = host.querySelector("svg"), copy = from.cloneNode(true), box = from.getBoundingClientRect();
+    const marks = [...from.querySelectorAll("*")];
+    [...copy.querySelectorAll("*")].forEach((node, i) => {
+      const style = getComputedStyle(marks[i]);
+      for (const key of ["fill", "stroke", "stroke-width", "opacity", "visibility", "font-size", "font-family"])
+        node.setAttribute(key, style.getPropertyValue(key));
+    });
+    copy.setAttribute("xmlns", "http://www.w3.org/2000/svg");
+    copy.setAttribute("width", box.width); copy.setAttribute("height", box.height);
+    copy.prepend(svg("rect", { width: "100%", height: "100%", fill: getComputedStyle(document.body).backgroundColor }));
+    return new XMLSerializer().serializeToString(copy);
+  };
+  const picture = (host) => {
+    const image = new Image();
+    image.onload = () => {
+      const canvas = el("canvas", { width: image.width * 2, height: image.height * 2 }), pen = canvas.getContext("2d");
+      pen.scale(2, 2); pen.drawImage(image, 0, 0);
+      take("memprof.png", canvas.toDataURL("image/png"));
+    };
+    image.src = `data:image/svg+xml;charset=utf-8,${encodeURIComponent(drawn(host))}`;
+  };
+
   // ---- what is shown -----------------------------------------------------------------------------------------------
   const group = () => data.groups[state.group];
   const shown = () => group().runs.filter((run) => !state.hidden.has(run.label));
@@ -138,9 +172,9 @@
 
   const build = (g) => {
     const head = el("h2", {}, g.title, el("span", { class: `badge ${g.status}`, id: "status" }, g.status));
-    const table = (kind, names, rows) => el("table", { class: kind }, el("thead", {}, el("tr", {}, ...names.map((h) => el("th", {}, h)))),
+    const table = (kind, names, rows) => el("table", { class: kind }, el("thead", {}, el("tr", {}, ...names.map((h) => el("th", data.words[h] ? { title: data.words[h], class: "word" } : {}, h)))),
       el("tbody", {}, ...rows.map((row, i) => el("tr", {}, ...row.map((cell, j) =>
-        j ? el("td", {}, cell) : el("td", {}, methodDot(g.runs[i]), cell))))));
+        j ? el("td", { "data-name": names[j] }, cell) : el("td", {}, methodDot(g.runs[i]), cell))))));
     const methods = g.runs.map((run) => el("button", {
       class: "method", type: "button", "aria-pressed": "true", onclick: (event) => {
         state.hidden.has(run.label) ? state.hidden.delete(run.label) : state.hidden.add(run.label);
@@ -163,16 +197,23 @@
         el("p", { class: "muted" }, "Answers beside the right ones and beside the unpruned model's: mean [95 % bootstrap interval over samples]."),
         el("div", { class: "scroll" }, table("", g.quality_head, g.quality)),
       ] : []),
+      ...g.said.map((text) => el("p", { class: "said" }, text)),
       ...g.remarks.map((text) => el("p", { class: "muted" }, text)),
+      el("details", { class: "muted" }, el("summary", {}, "What the words mean"),
+        el("dl", {}, ...[...g.head, ...(g.quality.length ? g.quality_head : [])].filter((h) => data.words[h]).flatMap((h) => [el("dt", {}, h), el("dd", {}, data.words[h])]))),
+      el("div", { class: "bar", id: "downloads" },
+        el("button", { type: "button", id: "csv", onclick: () => save("memprof.csv", "text/csv", csv(g)) }, "data (CSV)"),
+        el("button", { type: "button", id: "svg", onclick: () => save("memprof.svg", "image/svg+xml", drawn($("curve"))) }, "curve (SVG)"),
+        el("button", { type: "button", id: "png", onclick: () => picture($("curve")) }, "curve (PNG)")),
       el("h3", {}, "Memory over the run"),
-      el("p", { class: "muted" }, "The peak of each generated token. Hover for values, drag to zoom, click to look into a sample."),
+      el("p", { class: "muted" }, `The peak of each generated token, above static${touch ? ". Tap for values and to look into a sample." : ". Hover for values, drag to zoom, click to look into a sample."}`),
       el("div", { class: "bar" }, ...methods, el("span", { class: "gap" }), scale,
         el("button", { type: "button", title: "Zoom in", "aria-label": "Zoom in", onclick: zoomBy(0.5) }, "+"),
         el("button", { type: "button", title: "Zoom out", "aria-label": "Zoom out", onclick: zoomBy(2) }, "−"),
         el("button", { type: "button", id: "whole", onclick: () => setView(0, g.tokens) }, "whole run")),
       curve(g),
       el("h3", {}, "What makes up each sample's peak"),
-      el("p", { class: "muted" }, "The parts at the highest instant of each sample; they sum to its dynamic peak. Click to look into a sample."),
+      el("p", { class: "muted" }, "The parts at the highest instant of each sample; they sum to its dynamic peak. " + (touch ? "Tap" : "Click") + " to look into a sample."),
       el("div", { class: "bar", id: "stackers" }, ...g.runs.map((run, i) => el("button", {
         type: "button", "aria-pressed": i === 0, onclick: () => {
           state.stacked = i;
@@ -195,14 +236,14 @@
         } }, "highest")),
       el("div", { id: "about" }),
       el("div", { class: "bar" }, el("span", { class: "muted", id: "reading" }, g.runs.some((run) => run.samples.some((s) => s && s.every))
-        ? "Each token's parts at its own highest instant; below them, the numbers of the highest. Hover for the others."
-        : "The parts of the highest token; of the others, what is held after them."),
+        ? "Each token's parts at its own highest instant; below them, the numbers of the highest. " + (touch ? "Tap" : "Hover") + " for the others."
+        : "The parts of the highest token; of the others, what is allocated after them."),
         el("span", { class: "gap" }), g.samples.some((s) => s.tokens > 1) ? el("button", {
           type: "button", id: "decode", "aria-pressed": "false", onclick: () => {
             state.decode = !state.decode; $("decode").setAttribute("aria-pressed", state.decode); showSample(state.sample);
           } }, "decode steps only") : null),
       el("div", { class: "cards", id: "cards" }),
-      el("footer", { class: "muted" }, `${g.title} · ${g.origin} · page by memprof ${data.version}`),
+      el("footer", { class: "muted" }, `${g.title} · ${g.origin} · page by memprof ${data.version}, ${data.date}`),
     ];
   };
 
@@ -257,7 +298,7 @@
     };
     return chart(el("div", { id: "curve" }), {
       height: 320, label: "Peak memory of each generated token, one line a method", draw,
-      xlabel: "generated token over the run", ylabel: `memory (${data.unit})`,
+      xlabel: "generated token over the run", ylabel: () => `${state.total ? "total allocated" : "dynamic memory"} (${data.unit})`,
       domain: () => [...(state.view || [0, g.tokens]), (Math.max(...shown().map((run) => run.dynamic), 1) + offset()) * 1.06],
       zoom: setView, whole: () => setView(0, g.tokens),
       pick: (t) => showSample(entryAt(t)),
@@ -357,7 +398,7 @@
     const rowsAt = (t) => {
       const valued = (size) => PARTS.filter((p) => size(p)).reverse().map((p) => line([dot(p), p.label], unit(size(p))));
       if (s.every) return valued((p) => at(p, t));
-      return t === s.at ? valued((p) => s.parts[p.key]) : [line(["held after it"], unit(s.held[t])), line([dot(PARTS[0]), "KV cache"], unit(s.kv[t]))];
+      return t === s.at ? valued((p) => s.parts[p.key]) : [line(["allocated after it"], unit(s.held[t])), line([dot(PARTS[0]), "KV cache"], unit(s.kv[t]))];
     };
     box.append(chart(el("div", { class: "tokens" }), {
       height: 210, label: `Memory of ${run.label} token by token`, draw, xlabel: "token (0 is prefill)", ylabel: `dynamic (${data.unit})`,

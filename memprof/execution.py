@@ -1,0 +1,212 @@
+"""A script's own ``generate()`` calls as the samples of run folders: a folder a model, a line a call, as they come.
+
+``memprof exec`` and the pytest plug-in are both made of this. Nothing here loads torch before the script does.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import threading
+import weakref
+from collections.abc import Callable
+from contextlib import ExitStack, suppress
+from pathlib import Path
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
+
+from memprof import catching
+from memprof.errors import MemprofError, RunExists
+from memprof.files import first_line
+from memprof.records import Run, RunRecord, RunSpec, SampleRecord
+from memprof.store import RUN_FILE, SAMPLES_FILE, RunFolder
+from memprof.telling.facts import slug
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from memprof.calls import Calls
+    from memprof.models.instead import Instead
+
+
+class Execution:
+    """Profiles what a script generates, from the moment it loads transformers.
+
+    Args:
+        label: What the calls are called in every report.
+        output: The run folder, made at the first call; with several models, one in it each. None: none is written.
+        force: Replace the run that is in the folder.
+        instead: Where nothing is to run: what stands in for the models that are loaded.
+
+    Attributes:
+        catch: What catches the calls.
+        said: What a user must know that is in no record: calls that could not be profiled, and why, a line each.
+    """
+
+    def __init__(
+        self, label: str, output: Path | None = None, *, force: bool = False, instead: Instead | None = None
+    ) -> None:
+        self.label, self.output, self.force, self.instead = label, output, force, instead
+        self.said: list[str] = []
+        self.catch = catching.Catch(self.around)
+        self._calls: list[tuple[weakref.ref[Any], Calls]] = []
+        self._folders: list[_Folder] = []
+        self._one_at_a_time = threading.Lock()
+
+    def waiting(self) -> dict[str, Callable[[ModuleType], None]]:
+        """What is to be done when a script loads which module (:func:`memprof.script.on_import`)."""
+        also = self.instead.waiting() if self.instead is not None else {}
+        return {catching.MODULE: self.catch, **also}
+
+    @property
+    def runs(self) -> list[Run]:
+        """The run of each model that generated, in the order of their first calls."""
+        return [calls.run for _, calls in self._calls if calls.run.samples]
+
+    def around(
+        self, model: Any, caller: str, generate: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Any:
+        """What ``generate`` gives, profiled if that is possible; if it is not, the script gets what it asked for."""
+        from memprof.profiler import watched
+
+        if watched(model):  # the script profiles it by itself
+            return generate(model, *args, **kwargs)
+        if not self._one_at_a_time.acquire(blocking=False):
+            self._say(f"{caller}: not profiled, as another thread was generating")
+            return generate(model, *args, **kwargs)
+        try:
+            return self._profiled(model, caller, generate, args, kwargs)
+        finally:
+            self._one_at_a_time.release()
+
+    def _profiled(
+        self, model: Any, caller: str, generate: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Any:
+        instead = self.instead if self.instead is not None and model in self.instead.loaded else None
+        with ExitStack() as entered:
+            if instead is not None:
+                kwargs = entered.enter_context(instead.lending(model, kwargs))
+            try:
+                number, calls = self._of(model)
+                entered.callback(calls.rest)  # a script that lets its model go is to be rid of it
+                entered.enter_context(calls)
+            except Exception as error:  # of whatever model: the script is to run
+                if instead is not None:
+                    raise
+                why = f"{error}" if isinstance(error, MemprofError) else f"{type(error).__name__}: {first_line(error)}"
+                self._say(f"{caller}: not profiled: {why}")
+                return generate(model, *args, **kwargs)
+            before = len(calls.run.samples)
+            try:
+                out = model.generate(*args, **kwargs)
+            finally:
+                self._keep(number, before, caller)
+        if instead is not None:
+            out = instead.outcome(model, calls.run.samples[before].error, out)
+        return out
+
+    def _of(self, model: nn.Module) -> tuple[int, Calls]:
+        """The calls of ``model`` under what prunes it now, and their number among all: one run has one method."""
+        from memprof.calls import Calls
+        from memprof.pruning import method_spec
+        from memprof.pruning.surgery import entered_on
+
+        surgery = entered_on(model)
+        method = "baseline" if surgery is None else method_spec(surgery.pruner)
+        for at, (known, calls) in enumerate(self._calls):
+            if known() is model and calls.run.record.spec.method == method:
+                return at, calls.resume(model)
+        calls = Calls(model, refusing=False)
+        calls.run.record.data_label, calls.run.record.spec.method = self.label, method
+        self._calls.append((weakref.ref(model), calls))
+        return len(self._calls) - 1, calls
+
+    def _keep(self, number: int, before: int, caller: str) -> None:
+        """Say who called, and write what was called since there were ``before`` samples."""
+        run = self._calls[number][1].run
+        run.samples[before:] = [dataclasses.replace(sample, caller=caller) for sample in run.samples[before:]]
+        if self.output is None:
+            return
+        if number == 1 and len(self._folders) == 1:  # the folder of one run becomes a folder of runs
+            self._folders[0].move(self._own_folder(0))
+        if number >= len(self._folders):
+            self._folders.append(_Folder(self._own_folder(number) if number else self.output, run, force=self.force))
+        self._folders[number].write(run.samples[before:])
+
+    def _own_folder(self, number: int) -> Path:
+        """A folder in :attr:`output` for the run of a model; the same checkpoint loaded again has a number behind."""
+        assert self.output is not None
+        names = [_name(calls.run) for _, calls in self._calls]
+        again = names[:number].count(names[number])
+        return self.output / (f"{names[number]}-{again + 1}" if again else names[number])
+
+    def check(self) -> None:
+        """Make sure that there is a place to write, before anything runs.
+
+        Raises:
+            RunExists: The folder holds a run, or several, that is not to be replaced.
+            UsageError: It holds something else.
+        """
+        if self.output is None:
+            return
+        for below in self.output.glob(f"*/{RUN_FILE}"):
+            if not self.force:
+                raise RunExists(f"{self.output} already holds runs; --force replaces them")
+            for name in (RUN_FILE, SAMPLES_FILE):
+                (below.parent / name).unlink(missing_ok=True)
+            with suppress(OSError):  # a user may keep files of his own there
+                below.parent.rmdir()
+        RunFolder.open(self.output, RunRecord(RunSpec("", "", "", ""), "measured"), force=self.force)
+
+    def close(self) -> None:
+        """Write the totals: the script is done."""
+        for folder in self._folders:
+            folder.close()
+
+    def _say(self, line: str) -> None:
+        if line not in self.said:
+            self.said.append(line)
+
+
+def _name(run: Run) -> str:
+    """A run's model, and its method where that is not Baseline, as part of a path."""
+    spec = run.record.spec
+    model = slug(spec.model.rstrip("/").rpartition("/")[2])
+    return model if spec.method == "baseline" else f"{model}_{slug(spec.method)}"
+
+
+class _Folder:
+    """The run folder of one model, open from its first call to the script's end.
+
+    A script may be ended by anything at any time: what was called before is there, and not called complete.
+    """
+
+    def __init__(self, path: Path, run: Run, *, force: bool) -> None:
+        self._run = run
+        self._folder = RunFolder.open(path, self._unfinished(), force=force)
+        self._folder.__enter__()
+
+    def _unfinished(self) -> RunRecord:
+        return dataclasses.replace(self._run.record, complete=False, samples_asked=None)
+
+    def write(self, samples: list[SampleRecord]) -> None:
+        """Add a line for each of ``samples``."""
+        for sample in samples:
+            self._folder.append(sample)
+        self._folder.record = self._unfinished()
+        self._folder.save()
+
+    def move(self, path: Path) -> None:
+        """Go on in ``path``, a folder inside the present one."""
+        self._folder.__exit__()
+        path.mkdir(parents=True)
+        for name in (RUN_FILE, SAMPLES_FILE):
+            (self._folder.path / name).rename(path / name)
+        self._folder = RunFolder.open(path, self._folder.record, resume=True)
+        self._folder.__enter__()
+
+    def close(self) -> None:
+        """Write the record as it is in the end."""
+        self._folder.record = self._run.record
+        self._folder.save()
+        self._folder.__exit__()
+        self._run.path = str(self._folder.path)

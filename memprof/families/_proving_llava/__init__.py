@@ -1,0 +1,1 @@
+"""What comes with the second proving model: its pictures, weights and tokenizer."""

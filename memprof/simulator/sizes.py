@@ -1,0 +1,92 @@
+"""Sizes of tensors at lengths that were never recorded: combinations of those that were, in whole numbers. No torch."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from fractions import Fraction
+from math import lcm
+from typing import NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+from memprof.simulator.reach import Reach
+from memprof.simulator.trace import Trace, bytes_of
+
+Ints = npt.NDArray[np.int64]
+
+#: Entries in a row of a table of shapes; a shape has fewer.
+AXES = 12
+
+
+class Irregular(Exception):
+    """A recording that does not repeat, or not as another of its kind: trace directly."""
+
+
+class Slot(NamedTuple):
+    """What a tensor of the program is, whatever its size. ``plain``: its bytes follow from its shape."""
+
+    part: str
+    module: str
+    op: str
+    dtype: str
+    rank: int
+    plain: bool
+
+
+def slot_of(trace: Trace, slot: int) -> Slot:
+    """What a tensor of ``trace`` is, whatever its size."""
+    shape, dtype, site = trace.shapes[slot], trace.dtypes[slot], trace.sites[slot]
+    plain = bytes_of(site[1], shape, dtype) == trace.nbytes[slot]
+    return Slot(trace.parts[slot], *site, dtype, len(shape), plain)
+
+
+def row_of(trace: Trace, slot: int) -> Ints:
+    """A tensor's shape, ``(AXES,)``; the first entry behind it is its bytes where they do not follow from it."""
+    shape = trace.shapes[slot]
+    if len(shape) >= AXES:
+        raise Irregular(f"a tensor has {len(shape)} axes")
+    own = [] if slot_of(trace, slot).plain else [trace.nbytes[slot]]
+    return np.array([*shape, *own] + [1] * AXES, dtype=np.int64)[:AXES]
+
+
+class Sizes:
+    """Tables of shapes, one a point that was recorded, and every combination of them.
+
+    Attributes:
+        reach: The points.
+        tables: The table of each point that is combined from; all have the same shape.
+    """
+
+    def __init__(self) -> None:
+        self.reach = Reach()
+        self.tables: list[Ints] = []
+
+    def add(self, lengths: Sequence[int], table: Ints) -> None:
+        """Take a recording in: as one more point to combine from, or as a test of what the others say.
+
+        Raises:
+            Irregular: It has other sizes than they say; it is not taken in.
+        """
+        weights = self.reach.span.weights(lengths)
+        if weights is None:
+            self.tables.append(table)
+        elif (self._combined(weights, lengths) != table).any():
+            raise Irregular(f"the program is wrong about {tuple(lengths)}")
+        self.reach.add(lengths)
+
+    def at(self, lengths: Sequence[int]) -> Ints:
+        """The table of a point; raises Irregular where it is no combination, or one of no whole numbers."""
+        weights = self.reach.span.weights(lengths)
+        if weights is None:
+            raise Irregular(f"{tuple(lengths)} is no combination of what was recorded")
+        return self._combined(weights, lengths)
+
+    def _combined(self, weights: Sequence[Fraction], lengths: Sequence[int]) -> Ints:
+        scale = lcm(*(w.denominator for w in weights))
+        whole = np.array([int(w * scale) for w in weights], dtype=np.int64)
+        total = np.tensordot(whole, np.stack(self.tables), axes=1)
+        if (total % scale).any():
+            raise Irregular(f"{tuple(lengths)} gives lengths that are no whole numbers")
+        combined: Ints = total // scale
+        return combined

@@ -1,0 +1,3 @@
+"""memprof's version, where everything can read it without loading anything."""
+
+VERSION = "0.1.0"

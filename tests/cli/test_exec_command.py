@@ -1,0 +1,151 @@
+"""``memprof exec``: the calls of an unchanged script, measured, and predicted over models without weights."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from tiny import tiny_model
+
+from memprof.store import find_runs, read_run
+
+ROOT = Path(__file__).parents[2]
+pytestmark = pytest.mark.slow
+#: Generates from three lines, one of them twice, and says what it was given.
+SCRIPT = """
+import sys, torch
+from transformers import AutoModelForImageTextToText
+
+device = "cuda" if torch.cuda.is_available() else "cpu"
+model = AutoModelForImageTextToText.from_pretrained(sys.argv[1], dtype=torch.float32).to(device)
+torch.manual_seed(0)
+
+def inputs(length, images=1):
+    ids = torch.full((1, length), 5)
+    ids[0, 2:18] = 290
+    return {k: v.to(device) for k, v in dict(
+        input_ids=ids, attention_mask=torch.ones_like(ids), pixel_values=torch.randn(images, 3, 112, 112)).items()}
+
+with torch.inference_mode():
+    print(model.generate(**inputs(24), max_new_tokens=4).shape)
+for length in (30, 60):
+    out = model.generate(**inputs(length), max_new_tokens=3, do_sample=True)
+print(out.shape, torch.rand(1).item())
+"""
+AFTER = {
+    "answers": 'print(out.tolist()); print(model.generate(**inputs(24), max_new_tokens=2).tolist()); sys.exit(3)',
+    "decodes": "from transformers import PreTrainedTokenizerBase as T\n"
+    "print(T.decode(None, out[0]), T.batch_decode(None, out))",
+    "branches": "print('before')\nif out[0, -1] == 2:\n    print('stopped')",
+    "measures": "print(torch.cuda.max_memory_allocated())",
+    "wrong": "model.generate(**inputs(24, images=3), max_new_tokens=2)",
+    "falls back": "try:\n    model.generate(**inputs(20000), max_new_tokens=2)\nexcept torch.OutOfMemoryError as e:\n"
+    "    print('too large')\nmodel.generate(**inputs(20000), max_new_tokens=2)",
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny InternVL as a user would have it on disk."""
+    folder = tmp_path_factory.mktemp("model") / "tiny"
+    tiny_model("internvl")[2].save_pretrained(folder)
+    return folder
+
+
+def start(here: Path, model: Path, after: str, *words: str) -> subprocess.CompletedProcess[str]:
+    """Run the script with ``after`` behind it: with memprof where there are ``words`` for it, else alone."""
+    (here / "demo.py").write_text(SCRIPT + after + "\n")
+    env = {**os.environ, "PYTHONPATH": str(ROOT), "MEMPROF_CACHE": str(here / "cache"), "OMP_NUM_THREADS": "1"}
+    watched = ["-m", "memprof", "exec", *words] if words else []
+    return subprocess.run(
+        [sys.executable, *watched, "demo.py", str(model)], cwd=here, env=env, capture_output=True, text=True,
+        check=False, timeout=300,
+    )  # fmt: skip
+
+
+def test_every_call_is_a_sample_and_the_script_is_none_the_wiser(tmp_path: Path, saved: Path) -> None:
+    alone = start(tmp_path, saved, AFTER["answers"])
+    done = start(tmp_path, saved, AFTER["answers"], "-o", "run")
+    assert alone.returncode == done.returncode == 3, done.stderr
+    assert done.stdout == alone.stdout
+    run = read_run(tmp_path / "run")
+    assert [sample.caller for sample in run.samples] == ["demo.py:16", "demo.py:18", "demo.py:18", "demo.py:20"]
+    assert [len(sample.tokens) for sample in run.samples] == [4, 3, 3, 2]
+    assert [sample.text_tokens for sample in run.samples] == [8, 14, 44, 8]
+    assert {sample.visual_tokens for sample in run.samples} == {16}
+    assert all(sample.ok and sample.dynamic_peak_bytes == sum(sample.peak_parts.values()) for sample in run.samples)
+    assert run.record.complete
+    assert run.record.status == "measured"
+    assert all(":" in holder.line for holder in run.samples[0].peak_holders if holder.part not in ("inputs", "vision"))
+    assert "demo.py:18" in done.stderr
+    assert "saved in run" in done.stderr
+    table = reported(tmp_path / "run")
+    assert "demo.py:18" in table
+
+
+def reported(folder: Path) -> str:
+    from memprof import reports
+
+    return reports.render("table", find_runs([folder])) + reports.render("markdown", find_runs([folder]))
+
+
+def test_predicted_to_the_byte_as_a_window_of_ones_own(tmp_path: Path, saved: Path) -> None:
+    import torch
+    from transformers import AutoConfig
+
+    import memprof
+
+    done = start(tmp_path, saved, AFTER["decodes"], "-o", "run", "--predict", "--gpu", "l4")
+    assert done.returncode == 0, done.stderr
+    lines = done.stdout.splitlines()
+    assert lines[0] == "torch.Size([1, 28])"
+    assert lines[-1] == "[no answer: predicted] ['[no answer: predicted]']"
+    run = read_run(tmp_path / "run")
+    assert run.record.status == "predicted"
+    assert run.record.environment["gpu"] == "l4"
+    ids = torch.full((1, 60), 5)
+    ids[0, 2:18] = 290
+    inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "pixel_values": torch.randn(1, 3, 112, 112)}
+    config = AutoConfig.from_pretrained(saved)
+    with memprof.weightless(config, card="l4", dtype="float32") as model, memprof.profile(model) as own:
+        model.generate(**inputs, max_new_tokens=3, do_sample=True)
+    assert run.samples[2].tokens == own.samples[0].tokens
+    assert run.samples[2].peak_parts == own.samples[0].peak_parts
+    assert run.record.static_bytes == own.record.static_bytes
+
+
+@pytest.mark.parametrize(
+    ("after", "line"), [("branches", "demo.py:21 needs the value of a tensor"), ("measures", "demo.py:20: torch.cuda.")]
+)
+def test_a_script_that_needs_an_answer_is_refused_in_one_line(
+    tmp_path: Path, saved: Path, after: str, line: str
+) -> None:
+    done = start(tmp_path, saved, AFTER[after], "-q", "-o", "run", "--predict")
+    assert done.returncode == 2
+    assert done.stderr.count("\n") == 1
+    assert line in done.stderr
+    assert "run it without --predict" in done.stderr
+    assert len(read_run(tmp_path / "run").samples) == 3  # what was predicted before stays
+
+
+def test_a_card_that_is_full_refuses_as_a_card_does(tmp_path: Path, saved: Path) -> None:
+    done = start(tmp_path, saved, AFTER["falls back"], "-q", "-o", "run", "--predict", "--gpu", "540MiB")
+    assert done.stdout.splitlines()[-1] == "too large", done.stderr
+    assert done.returncode == 4
+    assert done.stderr.startswith("memprof: predicted not to fit on 540MiB: ")
+    assert done.stderr.count("\n") == 1
+    run = read_run(tmp_path / "run")
+    assert [sample.status for sample in run.samples] == ["ok", "ok", "ok", "oom", "oom"]
+    assert run.samples[3].caller == "demo.py:21"
+
+
+def test_an_error_in_generate_is_the_scripts_own(tmp_path: Path, saved: Path) -> None:
+    done = start(tmp_path, saved, AFTER["wrong"], "-q", "-o", "run")
+    assert done.returncode == 1
+    assert 'demo.py", line 20, in <module>' in done.stderr
+    assert done.stderr.splitlines()[-1].startswith("ValueError: Image features and image tokens do not match")
+    assert "memprof" not in done.stderr
+    assert [sample.status for sample in read_run(tmp_path / "run").samples] == ["ok", "ok", "ok", "failed"]

@@ -1,0 +1,247 @@
+"""The pytest plug-in: limits, predictions, baselines, the fixture, and what a failure tells."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from tiny import tiny_model
+
+pytest_plugins = ["pytester"]
+
+#: What every test file of these tests begins with: a tiny model, and a prompt about one picture.
+HEAD = """
+import pytest, torch
+
+@pytest.fixture(scope="module")
+def model():
+    from transformers import AutoModelForImageTextToText
+    return AutoModelForImageTextToText.from_pretrained({path!r}, dtype=torch.float32)
+
+@pytest.fixture
+def inputs():
+    ids = torch.full((1, 40), 5)
+    ids[0, 2:18] = 290
+    return dict(input_ids=ids, attention_mask=torch.ones_like(ids), pixel_values=torch.randn(1, 3, 112, 112))
+"""
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny InternVL as a user would have it on disk."""
+    folder = tmp_path_factory.mktemp("model") / "tiny"
+    tiny_model("internvl")[2].save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def tests(pytester: pytest.Pytester, saved: Path, monkeypatch: pytest.MonkeyPatch) -> pytest.Pytester:
+    """A project of its own, as strict as can be."""
+    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parents[2]))
+    pytester.makeini("[pytest]\naddopts = --strict-markers --strict-config\nfilterwarnings = error\n")
+    pytester.makeconftest(HEAD.format(path=str(saved)))
+    return pytester
+
+
+def run(tests: pytest.Pytester, body: str, *words: str) -> pytest.RunResult:
+    """Run ``body`` as a test file, with the plug-in."""
+    tests.makepyfile(test_it=body)
+    return tests.runpytest_inprocess("-p", "memprof.testing", "-p", "no:cacheprovider", *words)
+
+
+GENERATES = """
+import pytest, torch
+
+{mark}
+def test_answer(model, inputs):
+    inputs = {{k: torch.cat([v] + [v[:, -1:]] * {more}, 1) if v.ndim == 2 else v for k, v in inputs.items()}}
+    model.generate(**inputs, max_new_tokens={new})
+"""
+
+
+def generates(mark: str, new: int = 3, more: int = 0) -> str:
+    """A test that makes ``new`` tokens from a prompt that is ``more`` tokens longer."""
+    return GENERATES.format(mark=mark, new=new, more=more)
+
+
+def test_a_limit_that_holds_passes(tests: pytest.Pytester) -> None:
+    run(tests, generates('@pytest.mark.gpu_memory(limit="1GiB")')).assert_outcomes(passed=1)
+
+
+def test_a_limit_that_is_exceeded_says_who_holds_it(tests: pytest.Pytester) -> None:
+    done = run(tests, generates('@pytest.mark.gpu_memory(limit="1KiB", part="kv_cache")'))
+    done.assert_outcomes(failed=1)
+    text = done.stdout.str()
+    assert "KV cache is" in text
+    assert "(limit 1KiB)" in text
+    assert "measured on cpu, called from test_it.py:6" in text
+    assert "16 visual and 24 text tokens, 3 made" in text
+    assert "transformers/cache_utils.py:" in text
+    assert "memprof/testing" not in text  # no traceback of ours
+    assert "Traceback" not in text
+
+
+def test_baselines_are_written_and_then_held(tests: pytest.Pytester) -> None:
+    done = run(tests, generates("@pytest.mark.gpu_memory()"))
+    done.assert_outcomes(failed=1)
+    assert "no baseline for cpu_torch-" in done.stdout.str()
+    assert "--memprof-update writes one" in done.stdout.str()
+    done = run(tests, generates("@pytest.mark.gpu_memory()"), "--memprof-update")
+    done.assert_outcomes(passed=1)
+    done.stdout.fnmatch_lines(["memprof: 1 baseline written to memory-baselines/cpu_torch-*_transformers-*.json"])
+    run(tests, generates("@pytest.mark.gpu_memory()")).assert_outcomes(passed=1)
+    # A longer prompt is well within 32 MiB of so small a model, and not within 1 %.
+    run(tests, generates("@pytest.mark.gpu_memory()", more=300)).assert_outcomes(passed=1)
+    marks = '@pytest.mark.gpu_memory(tolerance="1%")\n@pytest.mark.gpu_memory(tolerance="1%", part="kv_cache")'
+    done = run(tests, generates(marks, more=300))
+    done.assert_outcomes(failed=1)
+    text = done.stdout.str()
+    assert "peak memory is" in text
+    assert "KV cache is" in text
+    assert "baseline 28.8 KiB and 1%" in text
+    done.stdout.re_match_lines([r"  MLP +0\.029 +0\.\d+ +\+0\.\d+$", r"  most KV cache at any .* \+0\.\d+$"])
+    done.stdout.re_match_lines([r"  who grew, of the largest tensors then:", r" +\+\d.* transformers/.*\.py:\d+  "])
+    (file,) = (tests.path / "memory-baselines").iterdir()
+    there = json.loads(file.read_text())["tests"]["test_it.py::test_answer"]
+    assert there["peak"] == there["static"] + sum(there["parts"].values())
+
+
+def test_a_baseline_of_another_device_is_none_and_is_named(tests: pytest.Pytester) -> None:
+    run(tests, generates("@pytest.mark.gpu_memory()"), "--memprof-update").assert_outcomes(passed=1)
+    (file,) = (tests.path / "memory-baselines").iterdir()
+    file.rename(file.with_name("cuda-nvidia-h200_torch-2.9.0_transformers-5.1.0.json"))
+    done = run(tests, generates("@pytest.mark.gpu_memory()"))
+    done.assert_outcomes(failed=1)
+    assert "there is one for cuda-nvidia-h200_torch-2.9.0_transformers-5.1.0" in done.stdout.str()
+
+
+PREDICTS = """
+import pytest
+
+@pytest.mark.memory_prediction(model="internvl2-2b", card="l4", fits=True)
+def test_fits():
+    pass
+
+@pytest.mark.memory_prediction(model="internvl2-2b", card="2GiB", fits=False)
+def test_does_not_fit():
+    pass
+
+@pytest.mark.memory_prediction(model="internvl2-2b", card="2GiB", fits=True)
+def test_should_fit():
+    pass
+
+@pytest.mark.memory_prediction(model="internvl2-2b", card="l4", limit="4.2GiB", images=[(1600, 1200)])
+def test_has_a_limit():
+    pass
+
+@pytest.mark.memory_prediction(model="internvl2-2b", card="l4", part="kv_cache", images=[(448, 448)])
+def test_has_a_baseline(memory_profile):
+    assert memory_profile.predictions[0].samples[0].visual_tokens == 256
+
+class TestOwn:
+    @pytest.fixture
+    def model(self):
+        from transformers import AutoConfig
+        return AutoConfig.from_pretrained({path!r})
+
+    @pytest.mark.memory_prediction(limit="1GiB", text_tokens=20)
+    def test_the_fixtures_model(self, model, memory_profile):
+        assert memory_profile.predictions[0].record.spec.model
+
+def test_no_mark_and_no_card():
+    pass
+"""
+
+
+def test_predictions_take_no_card(tests: pytest.Pytester, saved: Path) -> None:
+    body = PREDICTS.replace("{path!r}", repr(str(saved)))
+    done = run(tests, body, "--memprof-update")
+    done.assert_outcomes(passed=5, failed=2)
+    text = done.stdout.str()
+    assert "test_it.py::test_should_fit: predicted not to fit on 2GiB" in text
+    assert "peak memory is" in text
+    assert "predicted for l4" in text
+    assert "3,328 visual" in text
+    assert "model.language_model.layers.*.mlp" in text
+    done = run(tests, body, "-k", "test_has_a_baseline")
+    done.assert_outcomes(passed=1)
+
+
+WRONG = """
+import pytest
+
+@pytest.mark.gpu_memory({words})
+def test_it(model, inputs):
+    {body}
+"""
+
+
+@pytest.mark.parametrize(
+    ("words", "body", "said"),
+    [
+        ('limit="1GiB"', "pass", "no model of transformers generated in this test"),
+        ('"1GiB"', "pass", "takes arguments by name, as limit='1GiB'"),
+        ('most="1GiB"', "pass", "knows no 'most'; valid: limit, part, tolerance"),
+        ('limit="1GiB", part="cache"', "model.generate(**inputs, max_new_tokens=1)", "unknown part 'cache'"),
+        ('limit="1"', "model.generate(**inputs, max_new_tokens=1)", "has no unit"),
+    ],
+)
+def test_mistakes_fail_in_one_line(tests: pytest.Pytester, words: str, body: str, said: str) -> None:
+    done = run(tests, WRONG.format(words=words, body=body))
+    done.assert_outcomes(failed=1)
+    text = done.stdout.str()
+    assert said in text
+    assert "Error" not in text
+    assert "another exception" not in text
+
+
+USES = """
+import pytest
+
+def test_it(model, inputs, memory_profile):
+    with pytest.raises(Exception, match="no model of transformers generated"):
+        memory_profile.peak
+    model.generate(**inputs, max_new_tokens=2)
+    first = memory_profile.parts["kv_cache"]
+    model.generate(**inputs, max_new_tokens=8)
+    assert memory_profile.parts["kv_cache"] >= first > 0
+    assert len(memory_profile.run.samples) == 2
+    assert len(memory_profile.tokens) == 10
+    assert "test_it.py" in memory_profile.table()
+
+def test_its_own_failure_is_its_own(model, inputs, memory_profile):
+    assert model.generate(**inputs, max_new_tokens=1).shape == (1, 1)
+"""
+
+
+def test_the_fixture_has_what_a_profile_has(tests: pytest.Pytester) -> None:
+    done = run(tests, USES)
+    done.assert_outcomes(passed=1, failed=1)
+    assert "AssertionError" in done.stdout.str()
+
+
+def test_it_costs_nothing_where_it_is_not_used(tmp_path: Path) -> None:
+    (tmp_path / "test_it.py").write_text(
+        "import sys\ndef test_it():\n"
+        "    assert not {'torch', 'transformers', 'numpy', 'typer', 'rich'} & set(sys.modules)\n"
+        "    assert not [n for n in sys.modules if n.startswith('memprof.') and not n in\n"
+        "                ('memprof.testing', 'memprof.version')]\n"
+    )
+    words = ["-m", "pytest", "-p", "memprof.testing", "-p", "no:cacheprovider", "-q", "--strict-markers"]
+    done = subprocess.run(
+        [sys.executable, *words], cwd=tmp_path, capture_output=True, text=True, check=False,
+        env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[2]), "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout
+
+
+def test_the_entry_point_is_the_module() -> None:
+    """So that ``-p memprof.testing`` beside it is the same plug-in, and no second one."""
+    import tomllib
+
+    project = tomllib.loads((Path(__file__).parents[2] / "pyproject.toml").read_text())["project"]
+    assert project["entry-points"]["pytest11"] == {"memprof.testing": "memprof.testing"}
