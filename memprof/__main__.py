@@ -13,12 +13,16 @@ def main() -> None:
     _hold_places()
     stopping.listen()
     try:
-        from memprof.cli import main as run
+        try:
+            from memprof.cli import main as run
 
-        run()
+            run()
+        except SystemExit:
+            if stopping.asked():
+                stopping.leave()
+            stopping.rest()
+            raise
     except SystemExit:
-        if stopping.asked():
-            stopping.leave()
         raise
     except BaseException as error:
         if not stopping.asked():

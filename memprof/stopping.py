@@ -38,6 +38,16 @@ def listen() -> None:
         signal.signal(signal.SIGALRM, _end)
 
 
+def rest() -> None:
+    """All is done and said: a signal that comes now changes neither the result nor its exit code.
+
+    Python takes its handlers away while it ends, so a late SIGTERM would make a finished run look killed.
+    """
+    for number in (signal.SIGTERM, signal.SIGINT):
+        if signal.getsignal(number) is _stop:
+            signal.signal(number, signal.SIG_IGN)
+
+
 def asked() -> bool:
     """Whether a signal came: whatever is raised after that may be its consequence."""
     return _asked is not None

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from memprof.records import RunRecord, RunSpec, SampleRecord
-from memprof.store import RunFolder
+from memprof.store import RunFolder, read_run
 
 PREDICTED = RunSpec(model="internvl2-2b", method="baseline", task="ai2d", device="sim")
 linux = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="processes are copied on Linux alone")
@@ -119,24 +119,75 @@ def test_a_copy_holds_no_lock_of_its_parent(tmp_path: Path) -> None:
         os.waitpid(pid, 0)
 
 
+def caught(pid: int, number: int) -> bool:
+    """Whether the process answers this signal with a function of its own."""
+    try:
+        status = Path(f"/proc/{pid}/status").read_text()
+    except OSError:
+        return False
+    mask = next(line for line in status.splitlines() if line.startswith("SigCgt:"))
+    return bool(int(mask.split()[1], 16) >> number - 1 & 1)
+
+
 RUN = ("-m", "memprof", "run", "--model", "proving", "--device", "sim", "--task", "ocrbench")
 
 
+@linux
 @pytest.mark.parametrize(("how", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
-@pytest.mark.parametrize("after", [0.15, 0.6, 2.0])
+@pytest.mark.parametrize("after", [0.0, 0.15, 0.6, 2.0])
 def test_a_run_that_is_ended_says_so_at_any_time(
     tmp_path: Path, how: signal.Signals, code: int, after: float
 ) -> None:
     with started(*RUN, "-o", str(tmp_path / "r")) as process:
+        assert until(lambda: process.poll() is not None or caught(process.pid, signal.SIGALRM))
         time.sleep(after)
         if process.poll() is not None:
             pytest.skip("this machine was done before")
         process.send_signal(how)
         _, said = process.communicate(timeout=20)
-    assert process.returncode == code, said
     assert "Traceback" not in said
     assert said.count("\n") <= 2
-    assert "memprof: " in said
+    if process.returncode == 0:  # it came when all was done and said
+        assert "saved in" in said
+        assert read_run(tmp_path / "r").unfinished is None
+    else:
+        assert process.returncode == code, said
+        assert "memprof: " in said
+
+
+#: Ends as the command line does, and sends itself a signal at one of the instants after that.
+LATE = """
+import atexit, os, signal, sys, threading
+import memprof.cli
+from memprof.__main__ import main
+
+how, when = int(sys.argv[1]), sys.argv[2]
+
+class Last:
+    def __del__(self, kill=os.kill, pid=os.getpid()):
+        if when == "the interpreter ends":
+            kill(pid, how)
+
+kept = Last()
+if when == "at exit":
+    atexit.register(lambda: os.kill(os.getpid(), how))
+if when == "threads are waited for":
+    def late():
+        threading.main_thread().join()
+        os.kill(os.getpid(), how)
+    threading.Thread(target=late).start()
+memprof.cli.main = lambda: sys.exit(3)
+main()
+"""
+
+
+@pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("when", ["threads are waited for", "at exit", "the interpreter ends"])
+def test_a_signal_that_comes_when_all_is_said_changes_nothing(when: str, how: signal.Signals) -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", LATE, str(int(how)), when], capture_output=True, text=True, check=False
+    )
+    assert (done.returncode, done.stdout, done.stderr) == (3, "", "")
 
 
 def memprof(*words: str, **how: object) -> subprocess.CompletedProcess[str]:
