@@ -90,6 +90,11 @@ class Anatomy:
         return "vision" if any(name.startswith(v + ".") for v, _ in self.vision) else "language"
 
 
+def has_attention(layer: nn.Module) -> bool:
+    """Whether a decoder layer attends; layers of hybrids (Mamba, convolutions) keep a state instead."""
+    return any(getattr(layer, name, None) is not None for name in _ATTENTION)
+
+
 def attention_in(layer: nn.Module) -> Any:
     """The attention module of a decoder layer; raises UsageError where it has none."""
     found = next((part for name in _ATTENTION if (part := getattr(layer, name, None)) is not None), None)

@@ -329,6 +329,8 @@ def prune(
     known = of_config(plain_config(model))
     if "input_ids" not in inputs or len(inputs["input_ids"]) != 1:
         raise UsageError("pruning works on one prompt at a time, and needs its input_ids: shape (1, tokens)")
+    if inputs.get("attention_mask") is not None and not bool(inputs["attention_mask"].all()):
+        raise UsageError("the prompt is padded, and methods would rank by the padding: hand it over without padding")
     prompt = known.family.given(known, inputs["input_ids"][0].tolist(), inputs, images)
     assert prompt.places is not None
     return Surgery(model, build_pruner(method, stack), prompt.places, seed)

@@ -25,12 +25,13 @@ import torch
 from torch import nn
 
 from memprof import scopes
-from memprof.anatomy import anatomy, attention_in
+from memprof.anatomy import Anatomy, anatomy, attention_in, has_attention
 from memprof.errors import UsageError
 from memprof.host import on_host
 from memprof.prompts import Places
-from memprof.pruning import Choice, Pruner, Stage, visual_tokens_per_layer
+from memprof.pruning import Choice, Pruner, Stage, method_spec, visual_tokens_per_layer
 from memprof.pruning.attention import kind_of, tables
+from memprof.pruning.readable import WORKED_OUT, unreadable
 from memprof.pruning.signals import Cut, Scene, Signal, entering, signal_kind
 from memprof.pruning.view import View
 from memprof.pruning.vision import projected
@@ -69,6 +70,8 @@ class Surgery:
         self._scene = Scene(where, layout.index.tolist(), layout.length, pruner.vision_layer, loop=pruner.mask_only)
         self._layers = self._scene.layers
         self.stages: tuple[Stage, ...] = tuple(pruner.stages(len(layout.index), len(self._layers)))
+        if self.stages:
+            self._refuse_stateful()
         if self.stages and pruner.eager and _attention_of(self._layers[0]) != "eager":
             raise UsageError(
                 f"{type(pruner).__name__} reads attention maps, which only eager attention makes; load the model with "
@@ -81,6 +84,7 @@ class Surgery:
                 "one by one: tiles are joined, padding is cut away, rows end in a token of their own; take a method "
                 "that looks at the language model alone, such as topv, fastv or divprune"
             )
+        self._refuse_unreadable(names, where)
         self._signals: dict[str, Signal] = {name: signal_kind(name)(self._scene) for name in names}
         self._rotary: Any = where.rotary if self.stages and pruner.positions == "compact" else None
         made = getattr(model, "create_masks_for_generate", None)
@@ -89,6 +93,26 @@ class Surgery:
         self._vision, self._decoder = where.vision, cast(Any, where.decoder)
         self._deep: Sequence[torch.Tensor] = ()  # what the decoder adds to the visual tokens behind its first layers
         self._reset()
+
+    def _refuse_stateful(self) -> None:
+        """Raise UsageError where a layer keeps a state and no keys: nothing can be taken out of a state."""
+        stateful = next((layer for layer in self._layers if not has_attention(layer)), None)
+        if stateful is not None:
+            raise UsageError(
+                f"pruning works where every decoder layer attends, and {type(stateful).__name__} of this model does not"
+            )
+
+    def _refuse_unreadable(self, names: list[str], where: Anatomy) -> None:
+        """Raise UsageError where what a signal works out would not be the layer's own."""
+        rotary = where.rotary if WORKED_OUT.intersection(names) else None
+        for name in names:
+            for stage in self.stages:
+                layer = self._layers[stage.layer if name == "ahead" else max(stage.layer - 1, 0)]
+                if reason := unreadable(name, layer, rotary):
+                    raise UsageError(
+                        f"{method_spec(self.pruner)} reads {name!r} of {type(layer).__name__}, which {reason}; take a "
+                        f"method that does not look there{', or scores=map' if name == 'row' else ''}"
+                    )
 
     # -- what was planned and done -------------------------------------------------------------------------------------
 
@@ -124,9 +148,20 @@ class Surgery:
     # -- in and out ----------------------------------------------------------------------------------------------------
 
     def __enter__(self) -> Surgery:
+        if self._model in _ENTERED:
+            raise UsageError("this model is pruned already: leave that window first, or name one method")
         _ENTERED[self._model] = self
+        try:
+            self._watch_all()
+        except BaseException:
+            self.__exit__(None, None, None)
+            raise
+        return self
+
+    def _watch_all(self) -> None:
+        """Place every hook."""
         if not self.stages:
-            return self
+            return
         self._scene.pre(self._layers[0], self._begin)
         for signal in self._signals.values():
             signal.watch([stage.layer - 1 for stage in self.stages])
@@ -140,7 +175,6 @@ class Surgery:
         if hasattr(self._decoder, _DEEPSTACK):
             self._scene.pre(self._decoder, self._deepens)
             setattr(self._decoder, _DEEPSTACK, self._deepened)
-        return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
@@ -180,7 +214,12 @@ class Surgery:
         hidden = entering(args, kwargs)
         cache = kwargs.get("past_key_values")
         if cache is None:
-            raise UsageError("pruning needs the KV cache: without one, nothing remembers what was cut (use_cache=True)")
+            raise UsageError(
+                "pruning needs the KV cache, or nothing remembers what was cut: use_cache=True, and decoder layers "
+                "that are given it as past_key_values"
+            )
+        if getattr(cache, "is_compileable", False):
+            raise UsageError("pruning needs a cache that grows: this one has its full size from the start (static)")
         past = cache.get_seq_length()
         _refuse_full_window(cache, past + hidden.shape[1])
         if past:
@@ -219,9 +258,9 @@ class Surgery:
     def _entered(self, _: nn.Module, args: Any, kwargs: Any) -> None:
         self._given = kwargs
 
-    def _fed(self, stage: Stage, layer: nn.Module, _: nn.Module, args: Any, kwargs: Any, out: torch.Tensor) -> None:
+    def _fed(self, stage: Stage, layer: nn.Module, _: nn.Module, args: Any, kwargs: Any, out: Any) -> None:
         if self._scene.prefill:
-            self._choice = self._choose(layer, out, stage, self._given)
+            self._choice = self._choose(layer, out[0] if isinstance(out, tuple) else out, stage, self._given)
         self._given = None
 
     def _leaving(self, stage: Stage, layer: nn.Module, args: Any, kwargs: Any, out: Any) -> Any:

@@ -15,6 +15,9 @@ from memprof.pruning.pairs import blocks
 #: Parts of projectors that work row by row, behind what changes the number of rows.
 _ROWS = ("modality_projection", "mm_soft_emb_norm")
 
+#: What towers call the class token that they put before the patches.
+_CLASS_TOKENS = ("class_embedding", "cls_token")
+
 
 def vision_block(vision: Iterable[tuple[str, nn.Module]], layer: int) -> nn.Module:
     """Layer number ``layer`` of a vision tower, given :attr:`memprof.anatomy.Anatomy.vision`.
@@ -71,6 +74,12 @@ def refuse_clip() -> NoReturn:
         "relevance=clip compares the question with the picture by CLIP's text tower and projections, and this model "
         "has none; take relevance=question or relevance=none"
     )
+
+
+def has_class_token(vision: Iterable[tuple[str, nn.Module]]) -> bool:
+    """Whether a tower puts a class token before its patches, as CLIP does and SigLIP does not."""
+    modules = [module for _, part in vision for module in part.modules()]
+    return any(getattr(module, name, None) is not None for module in modules for name in _CLASS_TOKENS)
 
 
 def uses_class_token(attention: Any) -> bool:

@@ -22,12 +22,13 @@ class ClassToken(Held):
     of_prompt = True
 
     def __init__(self, scene: Scene) -> None:
-        from memprof.pruning.vision import uses_class_token, vision_attention, vision_block
+        from memprof.pruning.vision import has_class_token, uses_class_token, vision_attention, vision_block
 
         super().__init__(scene)
-        if not uses_class_token(vision_attention(scene.anatomy.vision, scene.vision_layer)):
+        tower = scene.anatomy.vision
+        if not has_class_token(tower) or not uses_class_token(vision_attention(tower, scene.vision_layer)):
             raise UsageError("this model's vision tower has no class token in use; take class_token=false")
-        self._block = vision_block(scene.anatomy.vision, scene.vision_layer)
+        self._block = vision_block(tower, scene.vision_layer)
 
     def watch(self, before: Sequence[int]) -> None:
         """Look at what the layer makes."""
