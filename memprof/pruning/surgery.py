@@ -39,6 +39,8 @@ from memprof.pruning.vision import projected
 #: The method of a decoder that adds what the tower's middle layers saw behind its own early layers (Qwen3-VL).
 _DEEPSTACK = "_deepstack_process"
 
+#: Signals for which all keys of the prompt must be there, or a layer must look at all of them.
+_OF_ALL_KEYS = frozenset({"ahead", "key_norms", "row", "text_key_norms", "text_rows"})
 
 #: What is entered on each model now.
 _ENTERED: WeakKeyDictionary[nn.Module, Surgery] = WeakKeyDictionary()
@@ -128,8 +130,7 @@ class Surgery:
         """KV length each layer is to have after prefill."""
         text = self.layout.length - len(self.layout.index)
         full = [text + visual for visual in self.visual_tokens]
-        windows = (getattr(getattr(layer, "self_attn", None), "sliding_window", None) for layer in self._layers)
-        return [min(n, window - 1) if window else n for n, window in zip(full, windows, strict=True)]
+        return [min(n, w - 1) if (w := _window(layer)) else n for n, layer in zip(full, self._layers, strict=True)]
 
     def kept(self) -> list[list[int]] | None:
         """For each stage carried out, the prompt's own visual tokens that stay (numbered in prompt order).
@@ -188,6 +189,7 @@ class Surgery:
         """Forget the prompt before."""
         self._scene.prefill = False
         self._past = 0  # tokens layer 0 has cached before this forward
+        self._forgetful = False  # whether layers that slide have begun to forget
         self._length = 0  # tokens of the prompt
         #: For each cut made, the visual tokens behind it as numbers of those before it; merged ones count from n on.
         self._chosen: list[torch.Tensor] = []
@@ -221,7 +223,7 @@ class Surgery:
         if getattr(cache, "is_compileable", False):
             raise UsageError("pruning needs a cache that grows: this one has its full size from the start (static)")
         past = cache.get_seq_length()
-        _refuse_full_window(cache, past + hidden.shape[1])
+        self._mind_windows(cache, past, past + hidden.shape[1])
         if past:
             self._scene.prefill, self._past, self._inputs = False, past, {}
             return None
@@ -245,6 +247,22 @@ class Surgery:
             cut = self._cut(layer, hidden, self.stages[0], kwargs)
             return ((cut, *args[1:]), kwargs) if args else (args, {**kwargs, "hidden_states": cut})
         return None
+
+    def _mind_windows(self, cache: Any, past: int, tokens: int) -> None:
+        """Note whether layers that slide have begun to forget; raise UsageError for what cannot be kept apart then."""
+        sliding = [one for one in getattr(cache, "layers", ()) if getattr(one, "is_sliding", False)]
+        window = min((one.sliding_window for one in sliding), default=tokens + 1)
+        self._forgetful = tokens >= window
+        if not self._forgetful:
+            return
+        reads = sorted(_OF_ALL_KEYS.intersection(self._signals)) if not past else []
+        if reads or self.pruner.mask_only or self.pruner.positions == "compact":
+            does = f"reads {reads[0]!r}" if reads else "hides tokens" if self.pruner.mask_only else "renumbers tokens"
+            raise UsageError(
+                f"{method_spec(self.pruner)} {does}, which works until a sliding window is full: it has {window} "
+                f"tokens, and {tokens} are reached; shorten the prompt or the answer, or take another method, such as "
+                "topv or random:positions=original"
+            )
 
     def _watch(self, layer: nn.Module, stage: Stage) -> None:
         """Choose in the layer before a cut, or behind it, and cut its output."""
@@ -411,7 +429,8 @@ class Surgery:
         if self.pruner.mask_only:
             return self._mask(args, kwargs) if self._visible is not None else None
         compact = self.pruner.positions == "compact"
-        if len(self._alive) < cuts or not (self._scene.prefill or compact or kwargs.get("attention_mask") is not None):
+        told = compact or kwargs.get("attention_mask") is not None or self._forgets(layer)
+        if len(self._alive) < cuts or not (self._scene.prefill or told):
             return None  # a decode step without a mask is as it should be
         with scopes.scope("pruner", "surgery"):
             if self._scene.prefill:
@@ -424,7 +443,7 @@ class Surgery:
         self, layer: nn.Module, kwargs: Any, alive: torch.Tensor, hidden: torch.Tensor
     ) -> dict[str, Any]:
         """Positions and mask of the rows left, made once for all layers of a kind behind a cut."""
-        inputs: dict[str, Any] = self._inputs.setdefault(kind_of(layer), {})
+        inputs: dict[str, Any] = self._inputs.setdefault(_kind(layer), {})
         if not inputs:
             compact, left = self.pruner.positions == "compact", alive.shape[0]
             for name, axis in (("position_embeddings", 1), ("position_ids", -1)):
@@ -453,23 +472,42 @@ class Surgery:
 
     def _step_inputs(self, layer: nn.Module, kwargs: Any, cuts: int, hidden: torch.Tensor) -> dict[str, Any]:
         """A decode step's mask cut to the columns this layer's cache still has, and its compact positions."""
-        key = cuts, kind_of(layer)
+        key = cuts, _kind(layer)
         if key not in self._inputs:
-            positions = self._step_positions(layer, kwargs, cuts, hidden)
-            self._inputs[key] = {**self._step_mask(layer, kwargs, cuts), **positions}
+            forgets, positions = self._forgets(layer), self._step_positions(layer, kwargs, cuts, hidden)
+            mask = self._in_window(layer, cuts, hidden) if forgets else self._step_mask(layer, kwargs, cuts)
+            self._inputs[key] = {**mask, **positions}
         return cast("dict[str, Any]", self._inputs[key])
 
     def _step_mask(self, layer: nn.Module, kwargs: Any, cuts: int) -> dict[str, Any]:
         mask, alive = kwargs.get("attention_mask"), self._alive[cuts - 1]
         if mask is None:
             return {}
-        prompt, first = self._length, next(n for n, one in enumerate(self._layers) if kind_of(one) == kind_of(layer))
+        prompt, first = self._length, next(n for n, one in enumerate(self._layers) if _kind(one) == _kind(layer))
         before = sum(stage.layer <= first for stage in self.stages)
         if before:
             # The mask was made for the cache of the first layer of this kind, which never had the columns of these.
             alive, prompt = torch.searchsorted(self._alive[before - 1], alive), self._alive[before - 1].shape[0]
         new = torch.arange(prompt, mask.shape[-1], device=mask.device)
         return {"attention_mask": mask.index_select(-1, torch.cat((alive, new)))}
+
+    def _forgets(self, layer: nn.Module) -> bool:
+        """Whether a layer slides, and its window is full."""
+        return self._forgetful and _window(layer) is not None
+
+    def _in_window(self, layer: nn.Module, cuts: int, hidden: torch.Tensor) -> dict[str, Any]:
+        """A decode step's mask for a layer that forgets: it keeps so many rows, and those may lie outside its window.
+
+        Where tokens were cut, the rows that it has left reach further back than the window, which goes by positions.
+        """
+        window, new = _window(layer), hidden.shape[1]
+        assert window is not None
+        later = torch.arange(self._length, self._past + new, device=hidden.device)
+        positions = torch.cat((self._alive[cuts - 1], later))
+        rows, columns = positions[-new:, None], positions[-(window - 1 + new) :]
+        allowed = ((columns <= rows) & (columns > rows - window))[None, None]
+        eager = _attention_of(layer) == "eager"
+        return {"attention_mask": _additive(allowed, hidden.dtype) if eager else allowed}
 
     def _step_positions(self, layer: nn.Module, kwargs: Any, cuts: int, hidden: torch.Tensor) -> dict[str, Any]:
         if self.pruner.positions != "compact":
@@ -522,15 +560,20 @@ class Surgery:
             return args, {**kwargs, "attention_mask": mask}
 
 
-def _refuse_full_window(cache: Any, tokens: int) -> None:
-    """Raise UsageError where layers begin to forget: which columns a mask has left is then not known."""
-    sliding = [one for one in getattr(cache, "layers", ()) if getattr(one, "is_sliding", False)]
-    window = min((one.sliding_window for one in sliding), default=0)
-    if window and tokens >= window:
-        raise UsageError(
-            f"pruning works until a sliding window is full: it has {window} tokens, and {tokens} are reached; "
-            "shorten the prompt or the answer"
-        )
+def _window(layer: nn.Module) -> int | None:
+    """Tokens that a layer which slides looks back at, itself included; None for any other."""
+    attention: Any = getattr(layer, "self_attn", None)
+    config = getattr(attention, "config", None)
+    kinds = getattr(config, "layer_types", None)
+    slides = kinds is None or kinds[attention.layer_idx] == "sliding_attention"
+    # Some attentions hold their own, others read it off the configuration each time (Mistral).
+    found = getattr(attention, "sliding_window", getattr(config, "sliding_window", None) if slides else None)
+    return cast("int | None", found)
+
+
+def _kind(layer: nn.Module) -> tuple[str | None, int | None]:
+    """What layers have in common that are given the same positions and mask."""
+    return kind_of(layer), _window(layer)
 
 
 def _placed(values: npt.NDArray[Any], like: torch.Tensor) -> torch.Tensor:

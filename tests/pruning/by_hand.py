@@ -75,9 +75,20 @@ def rotary_of(decoder: Any, layer: Any, hidden: torch.Tensor, ids: torch.Tensor)
     return decoder.rotary_emb(hidden, ids if len(ids) == 1 else ids[:, None], **kind)
 
 
-def visible(prompt: Prompt, positions: list[int]) -> torch.Tensor:
-    """Who looks at whom, ``(n, n)``: at all before, and where a model is told, at all of the same image."""
+def window_of(layer: Any) -> int:
+    """How many tokens a layer looks back at, itself included."""
+    attention = layer.self_attn
+    kinds = getattr(attention.config, "layer_types", None)
+    if kinds is not None and kinds[attention.layer_idx] != "sliding_attention":
+        return 10**9
+    return getattr(attention.config, "sliding_window", None) or 10**9
+
+
+def visible(prompt: Prompt, positions: list[int], window: int) -> torch.Tensor:
+    """Who looks at whom, ``(n, n)``: at so many before, and where a model is told, at all of the same image."""
     allowed = torch.ones(len(positions), len(positions), dtype=torch.bool).tril()
+    places = torch.tensor(positions)
+    allowed &= places[:, None] - places < window
     if "token_type_ids" in prompt.inputs:
         whose = dict(zip(prompt.places.index.tolist(), prompt.places.images.tolist(), strict=True))
         of = torch.tensor([whose.get(position, -1) for position in positions])
@@ -93,11 +104,11 @@ def masked(model: Any, prompt: Prompt, surgery: Surgery, tokens: torch.Tensor) -
     decoder, hidden = anatomy(model).decoder, embedded(model, prompt, tokens)
     image, n = torch.tensor(prompt.places.index), hidden.shape[1]
     ids, deep = positions_of(model, prompt, tokens), stacked(model, prompt)
-    every = visible(prompt, list(range(n)))
     kept = surgery.kept()
     assert kept is not None
     for number, layer in enumerate(decoder.layers):
-        allowed, rotary = every.clone(), rotary_of(decoder, layer, hidden, ids)
+        allowed = visible(prompt, list(range(n)), window_of(layer))
+        rotary = rotary_of(decoder, layer, hidden, ids)
         for stage, chosen in zip(surgery.stages, kept, strict=True):
             if number >= stage.layer:
                 gone = np.setdiff1d(np.arange(len(image)), chosen)
@@ -129,7 +140,7 @@ def rebuilt(
         if number >= min(cuts, default=99) and surgery.pruner.positions == "compact":
             ids = torch.arange(len(positions)).expand(len(table), -1)
         rotary = rotary_of(decoder, layer, hidden, ids)
-        allowed = _additive(visible(prompt, positions))
+        allowed = _additive(visible(prompt, positions, window_of(layer)))
         hidden = layer(hidden, attention_mask=allowed, position_embeddings=rotary, past_key_values=None)
         for row, position in enumerate(positions):
             if number < len(deep) and visual[row] and not merged[row]:
