@@ -39,6 +39,8 @@ TASK = "generate"
 LABEL = "calls of generate()"
 #: The note of a window in which nothing was generated.
 NOTHING = "generate() was not called while the window was open"
+#: What the error of a call that could not be counted begins with; the reason follows.
+NOT_PROFILED = "not profiled: "
 #: The note of calls that did not all begin from the same static bytes.
 GROWN = (
     "the program held more before some calls than before others (outputs kept, workspaces made by the first); each "
@@ -200,7 +202,7 @@ class Calls:
         if profiler.refused is None:
             sample = sample.with_memory(memory)
         else:
-            sample.status, sample.error = "failed", f"not profiled: {profiler.refused}"
+            sample.status, sample.error = "failed", f"{NOT_PROFILED}{profiler.refused}"
         if memory.refused is not None and sample.ok:
             sample.status, sample.error = "oom", memory.refused
         record, samples = self.run.record, self.run.samples

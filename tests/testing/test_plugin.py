@@ -6,10 +6,18 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 from tiny import tiny_model
+
+from memprof.records import Run
+from memprof.testing.baselines import Taken
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "figures"))
+
+from synthetic import make_runs
 
 pytest_plugins = ["pytester"]
 
@@ -36,6 +44,11 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("model") / "tiny"
     tiny_model("internvl")[2].save_pretrained(folder)
     return folder
+
+
+@pytest.fixture(scope="module")
+def runs() -> list[Run]:
+    return make_runs(("ai2d",), samples=3, tokens=4)
 
 
 @pytest.fixture
@@ -117,6 +130,171 @@ def test_a_baseline_of_another_device_is_none_and_is_named(tests: pytest.Pyteste
     done = run(tests, generates("@pytest.mark.gpu_memory()"))
     done.assert_outcomes(failed=1)
     assert "there is one for cuda-nvidia-h200_torch-2.9.0_transformers-5.1.0" in done.stdout.str()
+
+
+#: Calls of which each holds most of something else: the highest keeps no cache, and the larger model has few tokens.
+SEVERAL = """
+import pytest, torch
+
+@pytest.fixture
+def larger():
+    from transformers import LlamaConfig, LlamaForCausalLM
+    sizes = dict(hidden_size=64, intermediate_size=128, num_attention_heads=4, vocab_size=300)
+    return LlamaForCausalLM(LlamaConfig(num_hidden_layers=8, **sizes)).eval()
+
+def calls(model, larger, new):
+    ids = torch.full((1, 8), 5)
+    model.generate(ids, max_new_tokens=new, eos_token_id=None)
+    many = ids.repeat(600, 1)
+    model.generate(many, attention_mask=torch.ones_like(many), max_new_tokens=1, use_cache=False)
+    larger.generate(ids, max_new_tokens=1)
+
+{marks}
+def test_answers(model, larger):
+    calls(model, larger, {new})
+"""
+
+
+def several(*marks: str, new: int = 20) -> str:
+    return SEVERAL.format(marks="\n".join(f"@pytest.mark.gpu_memory({mark})" for mark in marks), new=new)
+
+
+def test_a_part_is_held_in_whichever_call_holds_most_of_it(tests: pytest.Pytester) -> None:
+    done = run(tests, several('limit="12KiB", part="kv_cache"', 'limit="1MiB", part="static"', 'limit="90MiB"'))
+    done.assert_outcomes(failed=1)
+    text = done.stdout.str()
+    assert "KV cache is" in text
+    assert "8 text tokens, 20 made" in text
+    assert "static is 1.4 MiB" in text
+    assert text.count("above what") == 2
+
+
+def test_a_baseline_knows_the_call_that_holds_most_of_each_part(tests: pytest.Pytester) -> None:
+    marks = 'tolerance="1%"', 'tolerance="1%", part="kv_cache"', 'tolerance="1%", part="static"'
+    run(tests, several(*marks), "--memprof-update").assert_outcomes(passed=1)
+    run(tests, several(*marks)).assert_outcomes(passed=1)
+    done = run(tests, several(*marks, new=30))
+    done.assert_outcomes(failed=1)
+    text = done.stdout.str()
+    assert "KV cache is" in text
+    assert text.count("above what") == 1  # the highest call is what it was, and so is the larger model
+    done.stdout.re_match_lines([r"  most KV cache at any +0\.\d+ +0\.\d+ +\+0\.\d+$"])
+
+
+def test_the_cache_is_held_to_its_most_and_not_to_what_it_had_at_the_highest_instant(runs: list[Run]) -> None:
+    (made,) = (run for run in runs if run.record.spec.method.startswith("topv"))
+    sample = max(made.finished, key=lambda s: s.kv_cache_bytes)
+    assert max(sample.token_parts.get("kv_cache", [0])) <= sample.kv_cache_bytes
+    assert Taken.of(made, sample).bytes_of("kv_cache") == sample.kv_cache_bytes
+
+
+#: Calls that end by an exception, or cannot be counted, each beside a small one that holds every limit.
+UNSEEN = """
+import pytest, threading, torch
+
+class Stops:
+    def __init__(self, after):
+        self.left = after
+    def put(self, tokens):
+        self.left -= 1
+        if self.left < 0:
+            raise RuntimeError("no more")
+    def end(self):
+        pass
+
+def small(model, new=1, **more):
+    return model.generate(torch.full((1, 8), 5), max_new_tokens=new, eos_token_id=None, **more)
+
+@pytest.mark.gpu_memory(limit="8KiB", part="kv_cache")
+def test_stopped(model):
+    small(model)
+    with pytest.raises(RuntimeError, match="no more"):
+        small(model, 40, streamer=Stops(21))
+
+@pytest.mark.gpu_memory(limit="1GiB")
+def test_stopped_early_enough(model):
+    with pytest.raises(RuntimeError, match="no more"):
+        small(model, 40, streamer=Stops(3))
+
+@pytest.mark.gpu_memory(limit="1GiB")
+def test_not_begun(model):
+    with pytest.raises(ValueError):
+        small(model, nonsense=1)
+
+@pytest.mark.gpu_memory(limit="1GiB")
+def test_beside_one_that_was(model):
+    small(model)
+    with pytest.raises(ValueError):
+        small(model, nonsense=1)
+
+@pytest.mark.gpu_memory(limit="1GiB")
+def test_uncounted(model):
+    small(model)
+    small(model, 4, prompt_lookup_num_tokens=2)
+
+@pytest.mark.gpu_memory()
+def test_only_uncounted(model):
+    small(model, 4, prompt_lookup_num_tokens=2)
+
+@pytest.mark.gpu_memory(limit="1GiB")
+def test_threads(model):
+    class Waits(Stops):
+        def put(self, tokens):
+            if not self.left:
+                other = threading.Thread(target=small, args=(model,))
+                other.start()
+                other.join()
+            self.left = 1
+    small(model, 2, streamer=Waits(0))
+
+def test_fixture(model, memory_profile):
+    small(model, 4, prompt_lookup_num_tokens=2)
+    assert len(memory_profile.runs) == 1
+    memory_profile.peak
+"""
+
+
+@pytest.fixture
+def unseen(tests: pytest.Pytester) -> Callable[[str, str], str]:
+    """What the test called so of :data:`UNSEEN` says; with it, other words of the command line."""
+
+    def told(test: str, *words: str) -> str:
+        done = run(tests, UNSEEN, "-k", test, *words)
+        passed = "1 passed" in done.stdout.str()
+        done.assert_outcomes(**{"passed" if passed else "failed": 1}, deselected=7)
+        return "" if passed else done.stdout.str()
+
+    return told
+
+
+def test_a_stopped_call_counts_with_what_it_reached(unseen: Callable[..., str]) -> None:
+    text = unseen("test_stopped and not early")
+    assert "KV cache is" in text
+    assert "made, then stopped: RuntimeError: no more" in text
+    assert unseen("test_stopped_early_enough") == ""
+    assert unseen("test_beside_one_that_was") == ""
+    text = unseen("test_not_begun")
+    assert "test_it.py::test_not_begun: no generate() of this test came to a forward" in text
+    assert ": test_it.py:15: ValueError: " in text
+
+
+@pytest.mark.parametrize(
+    ("test", "why"),
+    [
+        ("test_uncounted", "test_it.py:15: not profiled: in chunked prefill"),
+        ("test_only_uncounted", "test_it.py:15: not profiled: in chunked prefill"),
+        ("test_threads", "test_it.py:15: not profiled, as another thread was generating"),
+        ("test_fixture", "test_it.py:15: not profiled: in chunked prefill"),
+    ],
+)
+def test_a_call_that_could_not_be_counted_fails_the_gate(
+    unseen: Callable[..., str], tests: pytest.Pytester, test: str, why: str
+) -> None:
+    for words in ((), ("--memprof-update",)):
+        text = unseen(test, *words)
+        assert f"not every generate() of this test could be measured, so there is no saying what it takes: {why}" in text
+        assert "no model of transformers" not in text
+    assert not (tests.path / "memory-baselines").exists()
 
 
 PREDICTS = """
