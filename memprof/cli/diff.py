@@ -114,7 +114,7 @@ def _grown_text(grown: Growth, unit: str | None) -> str:
     unit = unit_for(max(grown.a, grown.b or 0), unit)
     before = format_bytes(grown.a, unit)
     if grown.what == "run":
-        return f"{grown.other}: {before} at its highest in A; B has no such run"
+        return f"run of {grown.other}: {before} at its highest in A; B has no such run"
     of = "static" if grown.sample is None else f"dynamic peak of {plain(grown.sample, 60)}"
     if grown.other is not None:
         of += f" in A and of {plain(grown.other, 60)} in B"

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from memprof.allowance import Allowance
-from memprof.errors import DoesNotFit, MemprofError, UnknownName, UsageError
+from memprof.errors import BadValue, DoesNotFit, MemprofError, UnknownName, UsageError
 from memprof.execution import Execution
 from memprof.records import PARTS, Run
 from memprof.script import on_import
@@ -25,8 +25,10 @@ if TYPE_CHECKING:
 
 #: Of a prediction that says nothing of its prompt, where the model sees: one picture of this size.
 PICTURE = (1600, 1200)
+#: What says of either mark what it holds to what.
+_HELD = ("limit", "part", "tolerance")
 #: What ``memory_prediction`` takes for itself; the rest is :func:`memprof.predict`'s.
-_OWN = ("model", "card", "fits", "limit", "part", "tolerance")
+_OWN = ("model", "card", "fits", *_HELD)
 
 
 @dataclass
@@ -127,7 +129,7 @@ class Watched:
 
     def prepare(self) -> None:
         """Read the marks, before anything runs; make the predictions that they ask for, and hold them to their card."""
-        self._limits = [_asked(mark, {"limit", "part", "tolerance"}) for mark in self._item.iter_markers("gpu_memory")]
+        self._limits = [_asked(mark, set(_HELD)) for mark in self._item.iter_markers("gpu_memory")]
         asks = [_asked(mark, {*_OWN, *_PROMPT}) for mark in self._item.iter_markers("memory_prediction")]
         for asked in asks:
             found, refused = self._predicted(asked)
@@ -175,7 +177,7 @@ class Watched:
             for took, run in taken:
                 failed += self._verdict(self._item.nodeid, asked, took, run, first=number == 0)
         for number, (given, run) in enumerate(self._marks):
-            if given.get("limit") is None and given.get("fits") is not None and given.get("tolerance") is None:
+            if given.get("fits") is not None and all(given.get(name) is None for name in _HELD):
                 continue  # held to its card alone
             name = f"{self._item.nodeid} predicted" + (f" {number + 1}" if number else "")
             failed += self._verdict(name, given, Taken.of(run, run.samples[0]), run)
@@ -189,7 +191,7 @@ class Watched:
         found: dict[str, tuple[Run, list[Taken]]] = {}
         for run in self._execution.runs:
             for sample in run.samples:
-                if sample.tokens or sample.dynamic_peak_bytes:
+                if sample.tokens or sample.status == "oom":  # which a card can be before the first token is done
                     found.setdefault(key_of(run), (run, []))[1].append(Taken.of(run, sample))
                 else:
                     stopped.append(f"{sample.caller}: {sample.error}")
@@ -254,6 +256,7 @@ def _asked(mark: pytest.Mark, valid: set[str]) -> dict[str, Any]:
     if unknown:
         raise UsageError(f"@pytest.mark.{mark.name} knows no {unknown[0]!r}; valid: {', '.join(sorted(valid))}")
     asked = dict(mark.kwargs)
+    _check_together(mark.name, asked)
     part, tolerance = asked.get("part"), asked.get("tolerance")
     if part is not None and part not in (*PARTS, *WHOLES):
         raise UnknownName("part", str(part), (*WHOLES, *PARTS))
@@ -261,8 +264,23 @@ def _asked(mark: pytest.Mark, valid: set[str]) -> dict[str, Any]:
         asked["limit"] = str(asked["limit"])
         parse_size(asked["limit"])
     if tolerance is not None:
-        asked["tolerance"] = Allowance.of(*((tolerance,) if isinstance(tolerance, str) else tolerance))
+        texts = (tolerance,) if isinstance(tolerance, str) else tolerance
+        if not isinstance(texts, tuple | list) or not all(isinstance(text, str) for text in texts):
+            raise BadValue(f"tolerance={tolerance!r} is none; write for example tolerance=\"2%\" or (\"1%\", \"8MiB\")")
+        asked["tolerance"] = Allowance.of(*texts)
     return asked
+
+
+def _check_together(mark: str, asked: Mapping[str, Any]) -> None:
+    """Raise UsageError where a mark asks for what has no meaning, or for two things of which one would not count."""
+    fits = asked.get("fits")
+    if fits is not None and not isinstance(fits, bool):
+        raise BadValue(f"@pytest.mark.{mark}: fits={fits!r} is neither True nor False")
+    if asked.get("limit") is not None and asked.get("tolerance") is not None:
+        raise UsageError(f"@pytest.mark.{mark}: a tolerance is of a baseline, and a limit has none; give one")
+    there = [name for name in _HELD if asked.get(name) is not None]
+    if fits is False and there:
+        raise UsageError(f"@pytest.mark.{mark}: what is not to fit has no {there[0]}; write a mark of its own for that")
 
 
 def _sees(model: Any) -> bool:

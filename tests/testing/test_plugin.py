@@ -165,7 +165,7 @@ def test_a_part_is_held_in_whichever_call_holds_most_of_it(tests: pytest.Pyteste
     assert "KV cache is" in text
     assert "8 text tokens, 20 made" in text
     assert "static is 1.4 MiB" in text
-    assert text.count("above what") == 2
+    assert text.count("  at the highest instant") == 2
 
 
 def test_a_baseline_knows_the_call_that_holds_most_of_each_part(tests: pytest.Pytester) -> None:
@@ -176,7 +176,7 @@ def test_a_baseline_knows_the_call_that_holds_most_of_each_part(tests: pytest.Py
     done.assert_outcomes(failed=1)
     text = done.stdout.str()
     assert "KV cache is" in text
-    assert text.count("above what") == 1  # the highest call is what it was, and so is the larger model
+    assert text.count("  at the highest instant") == 1  # the highest call is what it was, and so is the larger model
     done.stdout.re_match_lines([r"  most KV cache at any +0\.\d+ +0\.\d+ +\+0\.\d+$"])
 
 
@@ -350,6 +350,9 @@ def test_it(model, inputs):
         ('most="1GiB"', "pass", "knows no 'most'; valid: limit, part, tolerance"),
         ('limit="1GiB", part="cache"', "model.generate(**inputs, max_new_tokens=1)", "unknown part 'cache'"),
         ('limit="1"', "model.generate(**inputs, max_new_tokens=1)", "has no unit"),
+        ("limit=2**30", "pass", "'1073741824' has no unit; write for example 1073741824B, or 5GiB or 512MiB"),
+        ('limit="1GiB", tolerance="1%"', "pass", "a tolerance is of a baseline, and a limit has none"),
+        ("tolerance=0.02", "pass", 'tolerance=0.02 is none; write for example tolerance="2%"'),
     ],
 )
 def test_mistakes_fail_in_one_line(tests: pytest.Pytester, words: str, body: str, said: str) -> None:
@@ -359,6 +362,28 @@ def test_mistakes_fail_in_one_line(tests: pytest.Pytester, words: str, body: str
     assert said in text
     assert "Error" not in text
     assert "another exception" not in text
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        ('fits="no"', "fits='no' is neither True nor False"),
+        ("fits=1", "fits=1 is neither True nor False"),
+        ('fits=False, limit="1GiB"', "what is not to fit has no limit; write a mark of its own for that"),
+        ('fits=False, part="kv_cache"', "what is not to fit has no part"),
+        ('limit="9GiB", tolerance="2%"', "a tolerance is of a baseline, and a limit has none"),
+        ("limit=10**9", "write for example 1000000000B"),
+        ('fits=True, part="kv_cache"', "no baseline for predicted-l4"),
+    ],
+)
+def test_a_prediction_that_would_be_held_to_less_than_it_says_is_refused(
+    tests: pytest.Pytester, words: str, said: str
+) -> None:
+    mark = f'@pytest.mark.memory_prediction(model="internvl2-2b", card="l4", text_tokens=20, {words})'
+    done = run(tests, f"import pytest\n\n{mark}\ndef test_it():\n    pass\n")
+    done.assert_outcomes(failed=1)
+    assert said in done.stdout.str()
+    assert "Error" not in done.stdout.str()
 
 
 USES = """
