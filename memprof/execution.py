@@ -65,6 +65,8 @@ class Execution:
     @property
     def uncounted(self) -> list[str]:
         """The calls of which there are no numbers: who called, and why there are none, a line each."""
+        if not self._calls:  # and torch may not be there yet
+            return list(self.said)
         from memprof.calls import NOT_PROFILED
 
         samples = (sample for run in self.runs for sample in run.samples)
