@@ -39,6 +39,8 @@ TASK = "generate"
 LABEL = "calls of generate()"
 #: The note of a window in which nothing was generated.
 NOTHING = "generate() was not called while the window was open"
+#: What the error of a call that could not be counted begins with; the reason follows.
+NOT_PROFILED = "not profiled: "
 #: The note of calls that did not all begin from the same static bytes.
 GROWN = (
     "the program held more before some calls than before others (outputs kept, workspaces made by the first); each "
@@ -69,7 +71,7 @@ class Calls:
         self.model, self.meter, self._layers = model, meter_for(model), len(anatomy(model).layers)
         self._own: Any = None  # the generate() that stands on the model itself, as on a lent one
         self._inside, self._refusing, self.meter.lines = threading.local(), refusing, True
-        self._statics = set[int]()
+        self._statics, self._thread = set[int](), 0
         raw = plain_config(model)
         try:
             self._known: Model | None = of_config(raw)
@@ -106,7 +108,7 @@ class Calls:
 
     def __enter__(self) -> Calls:
         model: Any = self.model
-        self._own = vars(model).get("generate")
+        self._own, self._thread = vars(model).get("generate"), threading.get_ident()
         model.generate = self._wrapped(model.generate)
         return self
 
@@ -126,6 +128,8 @@ class Calls:
         @functools.wraps(generate)
         def profiled(*args: Any, **kwargs: Any) -> Any:
             if getattr(self._inside, "open", False):  # a generate() that asks another of the same model is one call
+                return generate(*args, **kwargs)
+            if not self._refusing and threading.get_ident() != self._thread:  # not what was entered for
                 return generate(*args, **kwargs)
             surgery = entered_on(self.model)
             self._set_method(surgery)
@@ -200,7 +204,7 @@ class Calls:
         if profiler.refused is None:
             sample = sample.with_memory(memory)
         else:
-            sample.status, sample.error = "failed", f"not profiled: {profiler.refused}"
+            sample.status, sample.error = "failed", f"{NOT_PROFILED}{profiler.refused}"
         if memory.refused is not None and sample.ok:
             sample.status, sample.error = "oom", memory.refused
         record, samples = self.run.record, self.run.samples

@@ -62,6 +62,17 @@ class Execution:
         """The run of each model that generated, in the order of their first calls."""
         return [calls.run for _, calls in self._calls if calls.run.samples]
 
+    @property
+    def uncounted(self) -> list[str]:
+        """The calls of which there are no numbers: who called, and why there are none, a line each."""
+        if not self._calls:  # and torch may not be there yet
+            return list(self.said)
+        from memprof.calls import NOT_PROFILED
+
+        samples = (sample for run in self.runs for sample in run.samples)
+        refused = (f"{s.caller}: {s.error}" for s in samples if (s.error or "").startswith(NOT_PROFILED))
+        return list(dict.fromkeys((*self.said, *refused)))
+
     def around(
         self, model: Any, caller: str, generate: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Any:

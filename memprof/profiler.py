@@ -311,8 +311,8 @@ NOT_TOKENS = (
 
 
 def watched(model: nn.Module) -> bool:
-    """Whether a window is open on ``model``."""
-    return bool(_WINDOWS.get(model))
+    """Whether this thread has a window open on ``model``."""
+    return threading.get_ident() in _WINDOWS.get(model, ())
 
 
 def _claim(model: nn.Module, thread: int) -> None:

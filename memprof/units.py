@@ -11,6 +11,9 @@ KIB, MIB, GIB = 2**10, 2**20, 2**30
 #: Units a user may ask for on screen, in bytes. ``GiB`` is binary, ``GB`` decimal; they are never mixed in one table.
 DISPLAY_UNITS: dict[str, int] = {"GiB": GIB, "GB": 10**9, "MiB": MIB, "MB": 10**6}
 
+#: A number without a unit that has more digits is one of bytes.
+MOST_DIGITS = 5
+
 _PARSE = {
     "": 1, "b": 1,
     "kib": KIB, "mib": MIB, "gib": GIB, "tib": 2**40,
@@ -54,7 +57,10 @@ def say_bytes(n_bytes: float) -> str:
 def parse_size(text: str) -> int:
     """A size with its unit, in bytes; a bare number, which nobody means as bytes, is refused."""
     if re.fullmatch(r"\s*[0-9.]+\s*", text):
-        raise BadValue(f"{text!r} has no unit; write for example {text.strip()}GiB or {text.strip()}MiB")
+        number = text.strip()
+        bytes_meant = len(number.partition(".")[0]) > MOST_DIGITS
+        hint = f"{number}B, or 5GiB or 512MiB" if bytes_meant else f"{number}GiB or {number}MiB"
+        raise BadValue(f"{text!r} has no unit; write for example {hint}")
     return parse_bytes(text)
 
 

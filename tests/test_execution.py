@@ -81,6 +81,31 @@ def test_the_caller_is_the_line_that_is_no_librarys(model: Any) -> None:
     assert second == "thread worker"
 
 
+def test_a_second_thread_with_the_same_model_gets_what_it_asked_for_and_is_told(model: Any) -> None:
+    asked, made = {**ids(24), "max_new_tokens": 4}, []
+    expected = model.generate(**asked)
+
+    class Second:
+        """Generates with the same model in another thread, once, when the first token is there."""
+
+        def put(self, tokens: Any) -> None:
+            if not made:
+                thread = threading.Thread(target=lambda: made.append(model.generate(**asked)))
+                thread.start()
+                thread.join()
+
+        def end(self) -> None: ...
+
+    execution = Execution("a script")
+    with watching(execution):
+        made.append(model.generate(**asked, streamer=Second()))
+    assert len(made) == 2
+    assert all(torch.equal(one, expected) for one in made)
+    (said,) = execution.said
+    assert said.endswith(": not profiled, as another thread was generating")
+    assert len(execution.uncounted) == 2  # what was read of the first is not of it alone
+
+
 def test_what_cannot_be_profiled_runs_all_the_same_and_is_told(model: Any) -> None:
     asked = {**ids(24), "max_new_tokens": 4}
     expected = model.generate(**asked, prompt_lookup_num_tokens=2)

@@ -4,21 +4,24 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 from memprof.allowance import Allowance
 from memprof.errors import UsageError
-from memprof.records import PARTS, Holder, Run, SampleRecord
+from memprof.gpus import card_of
+from memprof.records import PARTS, Holder, Run, RunSpec, SampleRecord
 
 #: Fields of a spec in which two runs may differ and still be compared, and what it is called when they do.
 _SAID = {
     "model": "models", "task": "tasks", "data": "data", "stack": "stacks", "device": "devices", "dtype": "dtypes",
     "attention": "attention kernels", "weights": "weights", "max_tiles": "tile limits",
-    "max_new_tokens": "numbers of new tokens", "gpu": "cards",
-    "images": "images in a prompt", "batch": "prompts side by side",
+    "max_new_tokens": "numbers of new tokens", "images": "images in a prompt", "batch": "prompts side by side",
 }  # fmt: skip
+#: What a field that is None stands for.
+_NONE = {"max_tiles": "the model's own", "images": "the data's own", "batch": "the data's own"}
 _COLUMNS = ("peak_allocated_bytes", "allocated_bytes", "kv_bytes", "reserved_bytes")
 _NUMBER = re.compile(r"\.\d+(?=\.|$)")
 
@@ -140,13 +143,14 @@ def diff(a: Run, b: Run) -> Difference:
 
 @dataclass(frozen=True)
 class Growth:
-    """What one sample, or the weights, take more of in another run than is allowed.
+    """What one sample, or the weights, take more of in another run than is allowed, or what is no longer there.
 
     Attributes:
-        what: ``static``, or ``dynamic peak``.
-        sample: The sample's id; None of what is static, which is of no sample.
-        a, b: Bytes before and after; ``b`` is None where the sample did not finish.
-        reason: Why it did not.
+        what: ``static``, ``dynamic peak``, or ``run`` where a whole run has no other (its highest dynamic peak).
+        sample: The sample's id; None of what is static, and of a run.
+        a, b: Bytes before and after; ``b`` is None where the sample did not finish, or is not there.
+        reason: Why it did not finish; None where it is not there.
+        other: The sample in B that it is held to, where that is another one; of a run, which one is missing.
     """
 
     what: str
@@ -154,6 +158,7 @@ class Growth:
     a: int
     b: int | None
     reason: str | None = None
+    other: str | None = None
 
     @property
     def change(self) -> int | None:
@@ -164,39 +169,63 @@ class Growth:
 def growth(a: Run, b: Run, allowed: Allowance) -> list[Growth]:
     """What grew from ``a`` to ``b`` by more than is ``allowed``, the largest first; samples that did not finish first.
 
-    Held to it are the static bytes, and apart from them the dynamic peak of every sample that is in both runs: weights
-    are large, and a share of both together would let what runs above them double unseen. Of runs of different
-    data it is each one's highest sample. A sample that finished in ``a`` alone has outgrown any allowance.
+    Held to it are the static bytes, and apart from them the dynamic peak of every sample of ``a``: weights are large,
+    and a share of both together would let what runs above them double unseen. Of runs of different data it is each
+    one's highest sample. A sample that finished in ``a`` alone has outgrown any allowance, also where ``b`` lacks it.
 
     Raises:
-        UsageError: A run has no sample at all.
+        UsageError: ``a`` has no finished sample.
     """
-    if not a.finished or not b.samples:
-        empty = b if a.finished else a
-        raise UsageError(f"{empty.path or 'a run'} has no finished sample, so there is nothing to hold it to")
+    if not a.finished:
+        raise UsageError(f"{a.path or 'a run'} has no finished sample, so there is nothing to hold the other to")
     found = []
     if allowed.exceeded(a.record.static_bytes, b.record.static_bytes):
         found.append(Growth("static", None, a.record.static_bytes, b.record.static_bytes))
     for before, after in _held_to(a, b):
-        was, now = before.dynamic_peak_bytes, after.dynamic_peak_bytes
-        if not after.ok:
-            found.append(Growth("dynamic peak", before.id, was, None, after.error or after.status))
-        elif allowed.exceeded(was, now):
-            found.append(Growth("dynamic peak", before.id, was, now))
+        was = before.dynamic_peak_bytes
+        grown = partial(Growth, "dynamic peak", before.id, was)
+        if after is None:
+            found.append(grown(None))
+        elif not after.ok:
+            found.append(grown(None, after.error or after.status, other=_another(before, after)))
+        elif allowed.exceeded(was, after.dynamic_peak_bytes):
+            found.append(grown(after.dynamic_peak_bytes, other=_another(before, after)))
+    return worst_first(found)
+
+
+def missing(a: Run) -> list[Growth]:
+    """What a whole run that has no other is to a gate: nothing, where no sample of it finished."""
+    if a.highest is None:
+        return []
+    spec = a.record.spec
+    which = f"{spec.method} on {spec.model}, {spec.task}"
+    return [Growth("run", None, a.highest.dynamic_peak_bytes, None, other=which)]
+
+
+def worst_first(found: Iterable[Growth]) -> list[Growth]:
+    """What is no longer there or finished, then what grew most."""
     return sorted(found, key=lambda grown: (grown.b is not None, -(grown.change or 0)))
 
 
-def _held_to(a: Run, b: Run) -> list[tuple[SampleRecord, SampleRecord]]:
-    """Each sample of ``a`` beside the one of its name in ``b``; of other data, the highest of each.
+def _another(before: SampleRecord, after: SampleRecord) -> str | None:
+    return after.id if after.id != before.id else None
+
+
+def _held_to(a: Run, b: Run) -> list[tuple[SampleRecord, SampleRecord | None]]:
+    """Each finished sample of ``a`` and the one of its name in ``b``, or None; of other data, the highest of each.
 
     A prompt that became longer is the same sample: that is one of the ways to grow.
     """
+    if not _same_data(a, b):
+        assert a.highest is not None
+        return [(a.highest, b.highest or next(iter(b.samples), None))]
+    there = {s.id: s for s in b.samples}
+    return [(s, there.get(s.id)) for s in a.finished]
+
+
+def _same_data(a: Run, b: Run) -> bool:
     x, y = a.record.spec, b.record.spec
-    there = {s.id: s for s in b.samples} if (x.task, x.data) == (y.task, y.data) else {}
-    pairs = [(s, there[s.id]) for s in a.finished if s.id in there]
-    if not pairs and a.highest is not None:
-        pairs = [(a.highest, b.highest or b.samples[0])]
-    return pairs
+    return (x.task, x.data) == (y.task, y.data)
 
 
 def _same_prompts(a: Run, b: Run) -> bool:
@@ -261,14 +290,39 @@ def _columns(one: SampleRecord, other: SampleRecord, static_a: int, static_b: in
     return found
 
 
+def _value(spec: RunSpec, key: str) -> Any:
+    """A field in words."""
+    value = getattr(spec, key)
+    return _NONE.get(key, "none") if value is None else value
+
+
+def _card(run: Run) -> str:
+    """What it ran on, or was predicted for, as memprof names it where it knows it."""
+    name = run.record.environment.get("gpu") or run.record.spec.gpu
+    return card_of(name) or name or "none"
+
+
+def _alone(a: Run, b: Run) -> Iterator[str]:
+    """How many samples are in one of the runs alone."""
+    for name, other, more in (("A", "B", (a, b)), ("B", "A", (b, a))):
+        there = {s.id for s in more[1].samples}
+        if alone := sum(s.id not in there for s in more[0].samples):
+            yield f"{alone} of {len(more[0].samples)} samples of {name} {'are' if alone > 1 else 'is'} not in {other}"
+
+
 def _said(a: Run, b: Run, one: SampleRecord, other: SampleRecord) -> list[str]:
     """What differs beside what is compared."""
     x, y = a.record.spec, b.record.spec
     said = [
-        f"different {words}: {getattr(x, key)} and {getattr(y, key)}"
+        f"different {words}: {_value(x, key)} and {_value(y, key)}"
         for key, words in _SAID.items()
         if getattr(x, key) != getattr(y, key)
     ]
+    cards = [_card(run) for run in (a, b)]
+    if cards[0] != cards[1]:
+        said.append(f"different cards: {cards[0]} and {cards[1]}")
+    if _same_data(a, b):
+        said += _alone(a, b)
     if a.record.status != b.record.status:
         said.insert(
             0, f"A is {a.record.status} and B is {b.record.status}: the difference holds the predictor's error too"

@@ -11,9 +11,14 @@ import typer
 from memprof.cli import _options as opt
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from memprof.allowance import Allowance
     from memprof.analysis.diff import Delta, Difference, Growth
     from memprof.records import Run
+
+    #: The runs of each side that have no other.
+    Alone = tuple[list[Run], list[Run]]
 
 #: How a difference may be written.
 FORMATS = ("table", "markdown", "json")
@@ -38,7 +43,8 @@ def diff(
     """Tell which parts, modules and tokens make the difference between two runs, as B minus A.
 
     Runs of different models, tasks or stacks can be compared; what differs is said. With --fail-above the static bytes
-    and the dynamic peak of every sample are held to A's, and the exit code is 3 where one grew by more.
+    and the dynamic peak of every sample are held to A's, and the exit code is 3 where one grew by more, or where a
+    sample that finished in A does not in B, or is not there.
 
     Example:
     memprof diff latest/baseline latest/topv
@@ -47,7 +53,7 @@ def diff(
     """
     from memprof.allowance import Allowance
     from memprof.analysis.diff import diff as compare
-    from memprof.analysis.diff import growth
+    from memprof.analysis.diff import growth, missing, worst_first
     from memprof.cli._runs import find
     from memprof.errors import GateFailed, UnknownName, UsageError
     from memprof.units import check_unit, unit_for
@@ -60,76 +66,105 @@ def diff(
         raise UsageError(f"--json and --format {format} disagree; give one")
     allowed = Allowance.of(*fail_above) if fail_above else None
     pairs, alone = _pairs(find([a]), find([b]))
-    grown = [growth(*pair, allowed) for pair in pairs] if allowed is not None else []
+    above = None
+    if allowed is not None:
+        above = worst_first(one for pair in pairs for one in growth(*pair, allowed))
+        above = worst_first([*above, *(one for run in alone[0] for one in missing(run))])
     # A sample that finishes in A alone is told by the gate; without one there are two peaks or nothing to compare.
     found = [compare(*pair) for pair in pairs if allowed is None or pair[1].finished]
     if json or format == "json":
-        _write_json(found, alone, allowed, grown)
+        _write_json(found, alone, allowed, above or [])
     elif format == "markdown":
-        sys.stdout.write(_markdown(found, alone, allowed, grown, unit))
+        sys.stdout.write(_markdown(found, alone, allowed, above or [], unit))
     else:
         for each in found:
             _show(each, unit_for(max(each.dynamic.a, each.dynamic.b), unit))
-        if alone:
-            typer.echo(f"in one folder only: {', '.join(alone)}")
-        for one in (one for some in grown for one in some):
+        if any(alone):
+            typer.echo(_alone_text(alone))
+        if allowed is not None:
+            typer.echo(f"Memory: {_verdict(allowed, above or [])}")
+        for one in above or ():
             typer.echo(_grown_text(one, unit))
-    if allowed is not None and any(grown):
-        raise GateFailed(f"B takes more than A by more than {allowed.text}: {_worst(grown, unit)}")
+    if allowed is not None and above:
+        more = f"; and {len(above) - 1} more" if len(above) > 1 else ""
+        raise GateFailed(f"{_failed(allowed, above[0])}: {_grown_text(above[0], unit)}{more}")
 
 
 def _write_json(
-    found: list[Difference], alone: list[str], allowed: Allowance | None, grown: list[list[Growth]]
+    found: list[Difference], alone: Alone, allowed: Allowance | None, above: list[Growth]
 ) -> None:
     import dataclasses
     import json as encoder
 
     one = {"schema": 1, **found[0].to_json()} if found else {}
-    many = {"schema": 1, "pairs": [each.to_json() for each in found], "without_another": alone}
-    document = one if len(found) == 1 and not alone else many
+    methods = [run.record.spec.method for runs in alone for run in runs]
+    many = {"schema": 1, "pairs": [each.to_json() for each in found], "without_another": methods}
+    document = one if len(found) == 1 and not methods else many
     if allowed is not None:
-        above = [{**dataclasses.asdict(each), "change": each.change} for some in grown for each in some]
-        document |= {"fail_above": allowed.text, "above": above}
+        told = [{**dataclasses.asdict(each), "change": each.change} for each in above]
+        document |= {"fail_above": allowed.text, "verdict": _verdict(allowed, above), "above": told}
     sys.stdout.write(encoder.dumps(document, indent=1, ensure_ascii=False) + "\n")
 
 
 def _grown_text(grown: Growth, unit: str | None) -> str:
-    """One line of what grew too much."""
+    """One line of what grew too much, or is gone."""
     from memprof.reports.rows import plain
     from memprof.units import format_bytes, unit_for
 
     unit = unit_for(max(grown.a, grown.b or 0), unit)
-    of = "static" if grown.sample is None else f"dynamic peak of {plain(grown.sample, 60)}"
     before = format_bytes(grown.a, unit)
+    if grown.what == "run":
+        return f"run of {grown.other}: {before} at its highest in A; B has no such run"
+    of = "static" if grown.sample is None else f"dynamic peak of {plain(grown.sample, 60)}"
+    if grown.other is not None:
+        of += f" in A and of {plain(grown.other, 60)} in B"
     if grown.b is None:
-        return f"{of}: {before} in A; in B it did not finish: {plain(grown.reason or 'no reason recorded')}"
+        gone = "B has no such sample" if grown.reason is None else f"in B it did not finish: {plain(grown.reason)}"
+        return f"{of}: {before} in A; {gone}"
     share = f", {grown.b / grown.a - 1:+.1%}" if grown.a else ""
     change = format_bytes(grown.b - grown.a, unit)
     return f"{of}: {before} in A, {format_bytes(grown.b, unit)} in B (+{change}{share})"
 
 
-def _worst(grown: list[list[Growth]], unit: str | None) -> str:
-    """The largest growth, and how many more there are."""
-    every = [one for some in grown for one in some]
-    worst = min(every, key=lambda one: (one.b is not None, -(one.change or 0)))
-    more = f"; and {len(every) - 1} more" if len(every) > 1 else ""
-    return _grown_text(worst, unit) + more
+def _verdict(allowed: Allowance, above: list[Growth]) -> str:
+    """Whether the gate holds, in words."""
+    gone = [one for one in above if one.b is None]
+    said = [f"grew by more than {allowed.text}"] * (len(gone) < len(above))
+    if gone:
+        said.append(f"{len(gone)} that finished in A {'does' if len(gone) == 1 else 'do'} not in B")
+    return " and ".join(said) or f"within {allowed.text}"
+
+
+def _failed(allowed: Allowance, worst: Growth) -> str:
+    if worst.b is None:
+        return "B does not finish what A did"
+    return f"B takes more than A by more than {allowed.text}"
+
+
+def _alone_text(alone: Alone) -> str:
+    """The runs that are in one folder only."""
+    from memprof.telling.facts import data_title
+
+    said = [
+        f"{run.record.spec.method} on {run.record.spec.model}, {data_title(run.record)} (in {side})"
+        for side, runs in zip("AB", alone, strict=True)
+        for run in runs
+    ]
+    return f"in one folder only: {'; '.join(said)}"
 
 
 def _markdown(
-    found: list[Difference], alone: list[str], allowed: Allowance | None, grown: list[list[Growth]], unit: str | None
+    found: list[Difference], alone: Alone, allowed: Allowance | None, above: list[Growth], unit: str | None
 ) -> str:
     """For a pull request: whether it holds, and for each pair a sentence and the parts that changed."""
     from memprof.reports.formats.markdown import escape, table
     from memprof.telling.palette import PART_LABELS
     from memprof.units import unit_for
 
-    above = [one for some in grown for one in some]
     lines: list[str] = []
     if allowed is not None:
-        verdict = f"grew by more than {allowed.text}" if above else f"within {allowed.text}"
-        lines += [f"### Memory: {verdict}", "", *(f"- {escape(_grown_text(one, unit))}" for one in above)]
-        lines += [""] * bool(above)
+        lines += [f"### Memory: {_verdict(allowed, above)}", ""]
+        lines += [*(f"- {escape(_grown_text(one, unit))}" for one in above), *[""] * bool(above)]
     for each in found:
         shown = unit_for(max(each.dynamic.a, each.dynamic.b), unit)
         lines += [f"**{escape(_about(each))}**", "", escape(sentence(each, shown)), ""]
@@ -140,8 +175,8 @@ def _markdown(
         told += [(delta.name, delta) for delta in each.modules if delta.change][:10]
         rows = [[name, *_cells(delta, shown)] for name, delta in told]
         lines += [*table(["what", f"A, {shown}", f"B, {shown}", "B - A", ""], rows), ""]
-    if alone:
-        lines += [f"In one folder only: {escape(', '.join(alone))}", ""]
+    if any(alone):
+        lines += [escape(_alone_text(alone)), ""]
     return "\n".join(lines)
 
 
@@ -163,9 +198,9 @@ def _cells(delta: Delta, unit: str, digits: int = 1) -> list[str]:
     return [*numbers, f"{in_unit(delta.change, unit):+.3f}", share]
 
 
-def _pairs(ones: list[Run], others: list[Run]) -> tuple[list[tuple[Run, Run]], list[str]]:
-    """The runs to compare: the two there are, or of two folders those of one method, and of one model where several are
-    there; and methods that have no other.
+def _pairs(ones: list[Run], others: list[Run]) -> tuple[list[tuple[Run, Run]], Alone]:
+    """The runs to compare: the two there are, or of two folders those of one method, and of one model and task where
+    several are there; and those of each side that have no other.
 
     Raises:
         UsageError: No method is in both.
@@ -174,20 +209,26 @@ def _pairs(ones: list[Run], others: list[Run]) -> tuple[list[tuple[Run, Run]], l
     from memprof.telling.facts import method_of
 
     if len(ones) == len(others) == 1:
-        return [(ones[0], others[0])], []
+        return [(ones[0], others[0])], ([], [])
     pairs: list[tuple[Run, Run]] = []
-    left = list(others)
-    for one in ones:
-        same = [o for o in left if o.record.spec.method == one.record.spec.method]
-        same = [o for o in same if o.record.spec.model == one.record.spec.model] or same
-        near = same or [o for o in left if method_of(o) == method_of(one)]
-        if near:
-            pairs.append((one, near[0]))
-            left.remove(near[0])
+    alike: list[Callable[[Run], object]] = [
+        lambda run: (run.record.spec.method, run.record.spec.model, run.record.spec.task),
+        lambda run: (run.record.spec.method, run.record.spec.model),
+        lambda run: run.record.spec.method,
+        method_of,
+    ]
+    left, rest = list(ones), list(others)
+    for kind in alike:  # what is the same in more is paired first
+        for one in list(left):
+            other = next((other for other in rest if kind(other) == kind(one)), None)
+            if other is not None:
+                pairs.append((one, other))
+                left = [run for run in left if run is not one]
+                rest = [run for run in rest if run is not other]
     if not pairs:
         raise UsageError("no method is in both folders; name one run of each to compare them")
-    paired = [id(one) for one, _ in pairs]
-    return pairs, [one.record.spec.method for one in [*(o for o in ones if id(o) not in paired), *left]]
+    order = [id(one) for one in ones]
+    return sorted(pairs, key=lambda pair: order.index(id(pair[0]))), (left, rest)
 
 
 def _show(found: Difference, unit: str) -> None:

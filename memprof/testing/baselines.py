@@ -7,32 +7,36 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from memprof import files
 from memprof.errors import DataError
 from memprof.plain import Plain
-from memprof.records import Holder, Run, SampleRecord
+from memprof.records import PARTS, Holder, Run, SampleRecord
 from memprof.telling.facts import device_text, slug, version_of
 
 SCHEMA = 1
+#: What a test may be held to beside a part of the dynamic bytes: sums of several.
+WHOLES = ("peak", "static", "dynamic")
 #: How many of the largest tensors are kept.
 MOST_HOLDERS = 12
 
 
 @dataclass
 class Taken(Plain):
-    """What a test took: the sample whose highest instant is the highest.
+    """What a call took; of a test with several calls, what the highest took, and :attr:`others`.
 
     Attributes:
         peak: Highest allocated bytes, weights included.
         static: Bytes before.
         parts: Bytes above static of each part at the highest instant.
-        most: The most that each part held over the tokens, each at its own instant.
+        most: The most that each part held at the highest instant of any token; of the cache, also between them.
         holders: The largest tensors alive at the highest instant.
         caller: The file and line that called ``generate()``, or None.
         what: Model and prompt in words.
+        others: Calls of the same test that peak lower and hold more of something: of a part, or before they began.
     """
 
     peak: int
@@ -42,6 +46,7 @@ class Taken(Plain):
     holders: list[Holder] = field(default_factory=list)
     caller: str | None = None
     what: str = ""
+    others: list[Taken] = field(default_factory=list)
 
     @classmethod
     def of(cls, run: Run, sample: SampleRecord) -> Taken:
@@ -50,7 +55,10 @@ class Taken(Plain):
         if not sample.tokens:  # refused in prefill: what was there before is known, and nothing of a token
             static = run.record.static_bytes
         prompt = f"{sample.visual_tokens:,} visual and {sample.text_tokens:,} text tokens, {len(sample.tokens)} made"
+        if not sample.ok:
+            prompt += f", then stopped: {sample.error or sample.status}"
         most = {part: max(held, default=0) for part, held in sample.token_parts.items()}
+        most["kv_cache"] = max(most.get("kv_cache", 0), sample.kv_cache_bytes)
         return cls(
             peak=static + sample.dynamic_peak_bytes,
             static=static,
@@ -60,6 +68,17 @@ class Taken(Plain):
             caller=sample.caller,
             what=f"{spec.model} {spec.dtype} under {spec.method}: {prompt}",
         )
+
+    @classmethod
+    def together(cls, calls: Sequence[Taken]) -> Taken:
+        """What all ``calls`` of a test took: the highest of them, and those that hold more of something."""
+        first, *rest = sorted(calls, key=lambda call: -call.peak)
+        most = [max((first, *rest), key=lambda call: call.bytes_of(part)) for part in (*WHOLES, *PARTS)]
+        return replace(first, others=[call for call in rest if any(call is one for one in most)])
+
+    def highest(self, part: str | None) -> Taken:
+        """The call that holds most of ``part``."""
+        return max((self, *self.others), key=lambda call: call.bytes_of(part))
 
     def bytes_of(self, part: str | None) -> int:
         """The bytes of ``part``: None and ``peak`` are all of it, ``static`` and ``dynamic`` what makes it up."""

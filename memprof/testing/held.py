@@ -12,23 +12,23 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from memprof.allowance import Allowance
-from memprof.errors import DoesNotFit, MemprofError, UnknownName, UsageError
+from memprof.errors import BadValue, DoesNotFit, MemprofError, UnknownName, UsageError
 from memprof.execution import Execution
-from memprof.records import PARTS, Run, SampleRecord
+from memprof.records import PARTS, Run
 from memprof.script import on_import
-from memprof.testing.baselines import Baselines, Taken, key_of
+from memprof.testing.baselines import WHOLES, Baselines, Taken, key_of
 from memprof.testing.words import Verdict, grown, text_of
 from memprof.units import parse_size
 
 if TYPE_CHECKING:
     from memprof.profiles import Profile
 
-#: What ``part=`` may be: a part of the dynamic bytes, or a sum.
-WHOLES = ("peak", "static", "dynamic")
 #: Of a prediction that says nothing of its prompt, where the model sees: one picture of this size.
 PICTURE = (1600, 1200)
+#: What says of either mark what it holds to what.
+_HELD = ("limit", "part", "tolerance")
 #: What ``memory_prediction`` takes for itself; the rest is :func:`memprof.predict`'s.
-_OWN = ("model", "card", "fits", "limit", "part", "tolerance")
+_OWN = ("model", "card", "fits", *_HELD)
 
 
 @dataclass
@@ -93,8 +93,9 @@ class Watched:
         """The profile of the one model that generated.
 
         Raises:
-            UsageError: None did, or several.
+            UsageError: None did, or several, or a call could not be profiled.
         """
+        self._check_all_counted()
         found = self.runs
         if len(found) != 1:
             several = ", ".join(run.record.spec.model for run in found)
@@ -128,7 +129,7 @@ class Watched:
 
     def prepare(self) -> None:
         """Read the marks, before anything runs; make the predictions that they ask for, and hold them to their card."""
-        self._limits = [_asked(mark, {"limit", "part", "tolerance"}) for mark in self._item.iter_markers("gpu_memory")]
+        self._limits = [_asked(mark, set(_HELD)) for mark in self._item.iter_markers("gpu_memory")]
         asks = [_asked(mark, {*_OWN, *_PROMPT}) for mark in self._item.iter_markers("memory_prediction")]
         for asked in asks:
             found, refused = self._predicted(asked)
@@ -171,35 +172,48 @@ class Watched:
     def judge(self) -> None:
         """Hold what the test took, and what was predicted, to limits and baselines."""
         failed = []
+        taken = self._taken() if self._limits else []
         for number, asked in enumerate(self._limits):
-            taken, run = self._highest()
-            failed += self._verdict(self._item.nodeid, asked, taken, run, first=number == 0)
+            for took, run in taken:
+                failed += self._verdict(self._item.nodeid, asked, took, run, first=number == 0)
         for number, (given, run) in enumerate(self._marks):
-            if given.get("limit") is None and given.get("fits") is not None and given.get("tolerance") is None:
+            if given.get("fits") is not None and all(given.get(name) is None for name in _HELD):
                 continue  # held to its card alone
             name = f"{self._item.nodeid} predicted" + (f" {number + 1}" if number else "")
             failed += self._verdict(name, given, Taken.of(run, run.samples[0]), run)
         if failed:
             pytest.fail("\n\n".join(map(grown, failed)), pytrace=False)
 
-    def _highest(self) -> tuple[Taken, Run]:
-        """The sample with the highest peak, of all models."""
-        samples: list[tuple[Run, SampleRecord]] = [(r, s) for r in self._execution.runs for s in r.finished]
-        if not samples:
-            said = "; ".join(self._execution.said)
-            raise UsageError(f"{NOTHING}: {said}" if said else NOTHING)
-        run, sample = max(samples, key=lambda pair: Taken.of(*pair).peak)
-        return Taken.of(run, sample), run
+    def _taken(self) -> list[tuple[Taken, Run]]:
+        """What the calls of all models took together, on each device; a call that was stopped took what it reached."""
+        self._check_all_counted()
+        stopped: list[str] = []
+        found: dict[str, tuple[Run, list[Taken]]] = {}
+        for run in self._execution.runs:
+            for sample in run.samples:
+                if sample.tokens or sample.status == "oom":  # which a card can be before the first token is done
+                    found.setdefault(key_of(run), (run, []))[1].append(Taken.of(run, sample))
+                else:
+                    stopped.append(f"{sample.caller}: {sample.error}")
+        if not found:
+            raise UsageError(f"{NO_FORWARD}: {'; '.join(stopped)}" if stopped else NOTHING)
+        return [(Taken.together(calls), run) for run, calls in found.values()]
+
+    def _check_all_counted(self) -> None:
+        """Raise UsageError where there are no numbers of a call: a gate that passes for want of them is none."""
+        if uncounted := self._execution.uncounted:
+            raise UsageError(f"{UNCOUNTED}: {'; '.join(uncounted)}")
 
     def _verdict(
-        self, name: str, asked: Mapping[str, Any], taken: Taken, run: Run, *, first: bool = True
+        self, name: str, asked: Mapping[str, Any], took: Taken, run: Run, *, first: bool = True
     ) -> list[Verdict]:
         """What is above its limit, or its baseline; with ``--memprof-update`` the baseline is written."""
         part, limit, session = asked.get("part"), asked.get("limit"), self._session
-        key, now = key_of(run), taken.bytes_of(part)
-        before = session.baselines.read(key, name)
+        key, taken = key_of(run), took.highest(part)
+        now, there = taken.bytes_of(part), session.baselines.read(key, name)
+        before = there.highest(part) if there is not None else None
         if session.update and first:
-            session.baselines.write(key, name, taken)
+            session.baselines.write(key, name, took)
             shown = os.path.relpath(session.baselines.file(key))
             session.written[shown] = session.written.get(shown, 0) + 1
         if limit is not None:
@@ -208,8 +222,8 @@ class Watched:
         if session.update:
             return []
         if before is None:
-            there = session.baselines.elsewhere(name)
-            known = f"; there is one for {', '.join(there)}" if there else ""
+            elsewhere = session.baselines.elsewhere(name)
+            known = f"; there is one for {', '.join(elsewhere)}" if elsewhere else ""
             raise UsageError(f"no baseline for {key}{known}; --memprof-update writes one")
         allowed, was = asked.get("tolerance") or session.tolerance, before.bytes_of(part)
         if not allowed.exceeded(was, now):
@@ -218,7 +232,12 @@ class Watched:
         return [Verdict(name, part, now, most, f"baseline {text_of(was)} and {allowed.text}", taken, before, run)]
 
 
-NOTHING = "no model of transformers generated in this test, so there is nothing to hold to anything"
+NOTHING = (
+    "no model of transformers generated in this test, or only in windows that it opened by itself, so there is nothing "
+    "to hold to anything"
+)
+UNCOUNTED = "not every generate() of this test could be measured, so there is no saying what it takes"
+NO_FORWARD = "no generate() of this test came to a forward, so there is nothing to hold to anything"
 #: Arguments of :func:`memprof.predict` that a mark hands on.
 _PROMPT = {
     "inputs", "images", "text_tokens", "method", "stack", "new_tokens", "dtype", "attention", "max_tiles", "batch",
@@ -237,6 +256,7 @@ def _asked(mark: pytest.Mark, valid: set[str]) -> dict[str, Any]:
     if unknown:
         raise UsageError(f"@pytest.mark.{mark.name} knows no {unknown[0]!r}; valid: {', '.join(sorted(valid))}")
     asked = dict(mark.kwargs)
+    _check_together(mark.name, asked)
     part, tolerance = asked.get("part"), asked.get("tolerance")
     if part is not None and part not in (*PARTS, *WHOLES):
         raise UnknownName("part", str(part), (*WHOLES, *PARTS))
@@ -244,8 +264,23 @@ def _asked(mark: pytest.Mark, valid: set[str]) -> dict[str, Any]:
         asked["limit"] = str(asked["limit"])
         parse_size(asked["limit"])
     if tolerance is not None:
-        asked["tolerance"] = Allowance.of(*((tolerance,) if isinstance(tolerance, str) else tolerance))
+        texts = (tolerance,) if isinstance(tolerance, str) else tolerance
+        if not isinstance(texts, tuple | list) or not all(isinstance(text, str) for text in texts):
+            raise BadValue(f"tolerance={tolerance!r} is none; write for example tolerance=\"2%\" or (\"1%\", \"8MiB\")")
+        asked["tolerance"] = Allowance.of(*texts)
     return asked
+
+
+def _check_together(mark: str, asked: Mapping[str, Any]) -> None:
+    """Raise UsageError where a mark asks for what has no meaning, or for two things of which one would not count."""
+    fits = asked.get("fits")
+    if fits is not None and not isinstance(fits, bool):
+        raise BadValue(f"@pytest.mark.{mark}: fits={fits!r} is neither True nor False")
+    if asked.get("limit") is not None and asked.get("tolerance") is not None:
+        raise UsageError(f"@pytest.mark.{mark}: a tolerance is of a baseline, and a limit has none; give one")
+    there = [name for name in _HELD if asked.get(name) is not None]
+    if fits is False and there:
+        raise UsageError(f"@pytest.mark.{mark}: what is not to fit has no {there[0]}; write a mark of its own for that")
 
 
 def _sees(model: Any) -> bool:

@@ -14,7 +14,7 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "figures"))
 from synthetic import make_runs
 
 from memprof.allowance import Allowance
-from memprof.analysis.diff import diff, growth
+from memprof.analysis.diff import diff, growth, missing
 from memprof.errors import BadValue, UsageError
 from memprof.records import PARTS, Run
 
@@ -148,6 +148,63 @@ def test_a_sample_that_no_longer_finishes_has_outgrown_everything(runs: dict[str
     assert len(found) == len(base.finished)
     assert found[0].b is None
     assert found[0].reason == "no room"
+
+
+def test_a_sample_that_is_not_there_has_outgrown_everything(runs: dict[str, Run]) -> None:
+    base, everything = runs["baseline"], Allowance.of("900GiB")
+    first, *others = base.finished
+    found = growth(base, Run(base.record, [first], "elsewhere"), everything)
+    assert {grown.sample for grown in found} == {sample.id for sample in others}
+    assert all(grown.b is None and grown.reason is None for grown in found)
+    renamed = [dataclasses.replace(s, id=f"new {s.id}") for s in base.samples]
+    for elsewhere in (renamed, []):  # no sample in common, in either direction, and none at all
+        found = growth(base, Run(base.record, elsewhere, "elsewhere"), everything)
+        assert {grown.sample for grown in found} == {sample.id for sample in base.finished}
+    assert len(growth(Run(base.record, renamed, "new"), base, everything)) == len(base.finished)
+    assert growth(Run(base.record, [first], "elsewhere"), base, everything) == []  # more samples are no growth
+
+
+def test_of_other_data_both_samples_are_named(runs: dict[str, Run]) -> None:
+    base = runs["baseline"]
+    other = changed(larger(base, more=2**20), task="ocrbench")
+    other.samples[:] = [dataclasses.replace(s, id=f"new {s.id}") for s in other.samples]
+    (found,) = growth(base, other, Allowance.of("1KiB"))
+    assert base.highest is not None
+    assert (found.sample, found.other) == (base.highest.id, f"new {base.highest.id}")
+    (found,) = growth(base, changed(Run(base.record, [], "elsewhere"), task="ocrbench"), Allowance.of("1KiB"))
+    assert (found.sample, found.b, found.other) == (base.highest.id, None, None)
+
+
+def test_a_run_without_another_is_missing_where_a_sample_of_it_finished(runs: dict[str, Run]) -> None:
+    base = runs["baseline"]
+    (found,) = missing(base)
+    assert found.a == base.highest.dynamic_peak_bytes  # type: ignore[union-attr]
+    assert (found.what, found.b, found.other) == ("run", None, "baseline on internvl2-2b, ai2d")
+    assert missing(Run(base.record, [s for s in base.samples if not s.ok])) == []
+
+
+def test_notes_are_words_and_tell_cards_apart_as_they_ran(runs: dict[str, Run]) -> None:
+    def of(card: str | None, **fields: Any) -> Run:
+        run = changed(runs["baseline"], **fields)
+        there = {**run.record.environment, "gpu": card}
+        return Run(dataclasses.replace(run.record, environment=there), run.samples)
+
+    def notes(a: Run, b: Run) -> list[str]:
+        return [line for line in diff(a, b).said if "cards" in line]
+
+    assert notes(of("NVIDIA L4", gpu=None), of("l4", gpu="l4")) == []
+    assert notes(of("NVIDIA H100 80GB HBM3"), of("NVIDIA H200")) == ["different cards: h100 and h200"]
+    assert notes(of(None, gpu="l4"), of(None, gpu=None)) == ["different cards: l4 and none"]
+    tiles = diff(of(None, max_tiles=4), of(None, max_tiles=None)).said
+    assert "different tile limits: 4 and the model's own" in tiles
+    assert not any("None" in line for line in diff(of(None, images=2, batch=3), of(None, gpu="l4")).said)
+
+
+def test_samples_of_one_run_alone_are_said(runs: dict[str, Run]) -> None:
+    base = runs["baseline"]
+    less = Run(base.record, base.samples[:2], "elsewhere")
+    assert f"3 of {len(base.samples)} samples of A are not in B" in diff(base, less).said
+    assert f"3 of {len(base.samples)} samples of B are not in A" in diff(less, base).said
 
 
 @pytest.mark.parametrize("text", ["2", "", "-1%", "two", "5 percent"])

@@ -96,6 +96,54 @@ def test_json_says_what_is_above(folder: Path, capsys: pytest.CaptureFixture[str
     assert "above" not in json.loads(call(capsys, "diff", *pair, "--format", "json")[1])
 
 
+def verdicts(out: str) -> list[str]:
+    return [line.removeprefix("### ") for line in out.splitlines() if line.removeprefix("### ").startswith("Memory: ")]
+
+
+@pytest.mark.parametrize("words", [[], ["--format", "markdown"]])
+def test_the_verdict_is_said_in_the_terminal_as_in_markdown(
+    folder: Path, capsys: pytest.CaptureFixture[str], words: list[str]
+) -> None:
+    pair = str(folder / "ai2d-topv"), str(folder / "ai2d-baseline")
+    for limit, verdict in (("2%", "grew by more than 2%"), ("99GiB", "within 99GiB")):
+        assert verdicts(call(capsys, "diff", *pair, "--fail-above", limit, *words)[1]) == [f"Memory: {verdict}"]
+    assert verdicts(call(capsys, "diff", *pair, *words)[1]) == []
+
+
+def test_a_sample_that_is_gone_fails_every_limit(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_runs(tmp_path, make_runs(("ai2d",), samples=1, tokens=3))
+    words = "diff", str(folder / "ai2d-topv"), str(tmp_path / "ai2d-topv"), "--fail-above", "900GiB"
+    code, out, err = call(capsys, *words)
+    assert code == 3
+    assert verdicts(out) == ["Memory: 2 that finished in A do not in B"]
+    assert out.count("B has no such sample") == 2
+    assert err.startswith("memprof: B does not finish what A did: dynamic peak of ")
+    assert err.endswith("B has no such sample; and 1 more\n")
+    data = json.loads(call(capsys, *words, "--json")[1])
+    assert data["verdict"] == "2 that finished in A do not in B"
+    assert [(one["b"], one["reason"]) for one in data["above"]] == [(None, None)] * 2
+
+
+def test_a_run_that_is_gone_fails_every_limit_and_a_new_one_none(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    made = make_runs(samples=4, tokens=3)
+    write_runs(tmp_path, [run for run in made if run is not made[0]])
+    code, out, err = call(capsys, "diff", str(folder), str(tmp_path), "--fail-above", "900GiB")
+    assert code == 3
+    assert "in one folder only: baseline on internvl2-2b, AI2D (in A)" in out.replace("\n", " ")
+    assert verdicts(out) == ["Memory: 1 that finished in A does not in B"]
+    assert err.startswith("memprof: B does not finish what A did: run of baseline on internvl2-2b, ai2d: ")
+    assert err.endswith("at its highest in A; B has no such run\n")
+    code, out, _ = call(capsys, "diff", str(tmp_path), str(folder), "--fail-above", "0%", "--format", "markdown")
+    assert code == 0
+    assert verdicts(out) == ["Memory: within 0%"]
+    assert "(in B)" in out
+    assert "different tasks" not in out  # each was paired with its own
+
+
 @pytest.mark.parametrize(
     ("words", "said"),
     [

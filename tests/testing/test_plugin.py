@@ -11,6 +11,13 @@ from pathlib import Path
 import pytest
 from tiny import tiny_model
 
+from memprof.records import Run
+from memprof.testing.baselines import Taken
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "figures"))
+
+from synthetic import make_runs
+
 pytest_plugins = ["pytester"]
 
 #: What every test file of these tests begins with: a tiny model, and a prompt about one picture.
@@ -36,6 +43,11 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("model") / "tiny"
     tiny_model("internvl")[2].save_pretrained(folder)
     return folder
+
+
+@pytest.fixture(scope="module")
+def runs() -> list[Run]:
+    return make_runs(("ai2d",), samples=3, tokens=4)
 
 
 @pytest.fixture
@@ -119,6 +131,156 @@ def test_a_baseline_of_another_device_is_none_and_is_named(tests: pytest.Pyteste
     assert "there is one for cuda-nvidia-h200_torch-2.9.0_transformers-5.1.0" in done.stdout.str()
 
 
+#: Calls of which each holds most of something else: the highest keeps no cache, and the larger model has few tokens.
+SEVERAL = """
+import pytest, torch
+
+@pytest.fixture
+def larger():
+    from transformers import LlamaConfig, LlamaForCausalLM
+    sizes = dict(hidden_size=64, intermediate_size=128, num_attention_heads=4, vocab_size=300)
+    return LlamaForCausalLM(LlamaConfig(num_hidden_layers=8, **sizes)).eval()
+
+def calls(model, larger, new):
+    ids = torch.full((1, 8), 5)
+    model.generate(ids, max_new_tokens=new, eos_token_id=None)
+    many = ids.repeat(600, 1)
+    model.generate(many, attention_mask=torch.ones_like(many), max_new_tokens=1, use_cache=False)
+    larger.generate(ids[:, :1], max_new_tokens=1)
+
+{marks}
+def test_answers(model, larger):
+    calls(model, larger, {new})
+"""
+
+
+def several(*marks: str, new: int = 20) -> str:
+    return SEVERAL.format(marks="\n".join(f"@pytest.mark.gpu_memory({mark})" for mark in marks), new=new)
+
+
+def test_a_part_is_held_in_whichever_call_holds_most_of_it(tests: pytest.Pytester) -> None:
+    done = run(tests, several('limit="12KiB", part="kv_cache"', 'limit="1MiB", part="static"', 'limit="90MiB"'))
+    done.assert_outcomes(failed=1)
+    text = done.stdout.str()
+    assert "KV cache is" in text
+    assert "8 text tokens, 20 made" in text
+    assert "static is 1.4 MiB" in text
+    assert text.count("  at the highest instant") == 2
+
+
+def test_a_baseline_knows_the_call_that_holds_most_of_each_part(tests: pytest.Pytester) -> None:
+    marks = 'tolerance="1%"', 'tolerance="1%", part="kv_cache"', 'tolerance="1%", part="static"'
+    run(tests, several(*marks), "--memprof-update").assert_outcomes(passed=1)
+    run(tests, several(*marks)).assert_outcomes(passed=1)
+    done = run(tests, several(*marks, new=30))
+    done.assert_outcomes(failed=1)
+    text = done.stdout.str()
+    assert "KV cache is" in text
+    assert text.count("  at the highest instant") == 1  # the highest call is what it was, and so is the larger model
+    done.stdout.re_match_lines([r"  most KV cache at any +0\.\d+ +0\.\d+ +\+0\.\d+$"])
+
+
+def test_the_cache_is_held_to_its_most_and_not_to_what_it_had_at_the_highest_instant(runs: list[Run]) -> None:
+    (made,) = (run for run in runs if run.record.spec.method.startswith("topv"))
+    sample = max(made.finished, key=lambda s: s.kv_cache_bytes)
+    assert max(sample.token_parts.get("kv_cache", [0])) <= sample.kv_cache_bytes
+    assert Taken.of(made, sample).bytes_of("kv_cache") == sample.kv_cache_bytes
+
+
+#: Calls that end by an exception, or cannot be counted, each beside a small one that holds every limit.
+UNSEEN = """
+import copy, pytest, threading, torch
+
+class Stops:
+    def __init__(self, after):
+        self.left = after
+    def put(self, tokens):
+        self.left -= 1
+        if self.left < 0:
+            raise RuntimeError("no more")
+    def end(self):
+        pass
+
+def small(model, new=1, **more):
+    return model.generate(torch.full((1, 8), 5), max_new_tokens=new, eos_token_id=None, **more)
+
+@pytest.mark.gpu_memory(limit="8KiB", part="kv_cache")
+def test_stopped(model):
+    small(model)
+    with pytest.raises(RuntimeError, match="no more"):
+        small(model, 40, streamer=Stops(21))
+
+@pytest.mark.gpu_memory(limit="1GiB")
+def test_stopped_early_enough(model):
+    with pytest.raises(RuntimeError, match="no more"):
+        small(model, 40, streamer=Stops(3))
+
+@pytest.mark.gpu_memory(limit="1GiB")
+def test_not_begun(model):
+    with pytest.raises(ValueError):
+        small(model, nonsense=1)
+
+@pytest.mark.gpu_memory(limit="1GiB")
+def test_beside_one_that_was(model):
+    small(model)
+    with pytest.raises(ValueError):
+        small(model, nonsense=1)
+
+@pytest.mark.gpu_memory(limit="1GiB")
+def test_uncounted(model):
+    small(model)
+    small(model, 4, prompt_lookup_num_tokens=2)
+
+@pytest.mark.gpu_memory()
+def test_only_uncounted(model):
+    small(model, 4, prompt_lookup_num_tokens=2)
+
+@pytest.mark.gpu_memory(limit="1GiB")
+def test_threads(model):
+    copied = copy.deepcopy(model)
+    class Waits(Stops):
+        def put(self, tokens):
+            if not self.left:
+                other = threading.Thread(target=small, args=(copied,))
+                other.start()
+                other.join()
+            self.left = 1
+    small(model, 2, streamer=Waits(0))
+
+def test_fixture(model, memory_profile):
+    small(model, 4, prompt_lookup_num_tokens=2)
+    assert len(memory_profile.runs) == 1
+    memory_profile.peak
+"""
+
+#: Which of them are refused, and why.
+UNCOUNTED = [
+    ("test_it.py::test_uncounted", ": in chunked prefill"),
+    ("test_it.py::test_only_uncounted", ": in chunked prefill"),
+    ("test_it.py::test_threads", ", as another thread was generating"),
+    ("memprof.errors.UsageError", ": in chunked prefill"),  # of the fixture, in the test's own line
+]
+
+
+def test_a_stopped_call_counts_and_one_without_numbers_fails_the_gate(tests: pytest.Pytester) -> None:
+    done = run(tests, UNSEEN)
+    done.assert_outcomes(passed=2, failed=6)
+    text = done.stdout.str()
+    assert "KV cache is" in text
+    assert "made, then stopped: RuntimeError: no more" in text
+    assert "test_it.py::test_not_begun: no generate() of this test came to a forward" in text
+    assert "so there is nothing to hold to anything: test_it.py:14: ValueError: " in text
+    for test, why in UNCOUNTED:
+        said = "not every generate() of this test could be measured, so there is no saying what it takes"
+        assert f"{test}: {said}: test_it.py:14: not profiled{why}" in text
+    assert "no model of transformers" not in text
+
+
+def test_no_baseline_is_written_for_want_of_numbers(tests: pytest.Pytester) -> None:
+    run(tests, UNSEEN, "-k", "uncounted", "--memprof-update").assert_outcomes(failed=2, deselected=6)
+    assert not (tests.path / "memory-baselines").exists()
+
+
 PREDICTS = """
 import pytest
 
@@ -188,6 +350,9 @@ def test_it(model, inputs):
         ('most="1GiB"', "pass", "knows no 'most'; valid: limit, part, tolerance"),
         ('limit="1GiB", part="cache"', "model.generate(**inputs, max_new_tokens=1)", "unknown part 'cache'"),
         ('limit="1"', "model.generate(**inputs, max_new_tokens=1)", "has no unit"),
+        ("limit=2**30", "pass", "'1073741824' has no unit; write for example 1073741824B, or 5GiB or 512MiB"),
+        ('limit="1GiB", tolerance="1%"', "pass", "a tolerance is of a baseline, and a limit has none"),
+        ("tolerance=0.02", "pass", 'tolerance=0.02 is none; write for example tolerance="2%"'),
     ],
 )
 def test_mistakes_fail_in_one_line(tests: pytest.Pytester, words: str, body: str, said: str) -> None:
@@ -197,6 +362,28 @@ def test_mistakes_fail_in_one_line(tests: pytest.Pytester, words: str, body: str
     assert said in text
     assert "Error" not in text
     assert "another exception" not in text
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        ('fits="no"', "fits='no' is neither True nor False"),
+        ("fits=1", "fits=1 is neither True nor False"),
+        ('fits=False, limit="1GiB"', "what is not to fit has no limit; write a mark of its own for that"),
+        ('fits=False, part="kv_cache"', "what is not to fit has no part"),
+        ('limit="9GiB", tolerance="2%"', "a tolerance is of a baseline, and a limit has none"),
+        ("limit=10**9", "write for example 1000000000B"),
+        ('fits=True, part="kv_cache"', "no baseline for predicted-l4"),
+    ],
+)
+def test_a_prediction_that_would_be_held_to_less_than_it_says_is_refused(
+    tests: pytest.Pytester, words: str, said: str
+) -> None:
+    mark = f'@pytest.mark.memory_prediction(model="internvl2-2b", card="l4", text_tokens=20, {words})'
+    done = run(tests, f"import pytest\n\n{mark}\ndef test_it():\n    pass\n")
+    done.assert_outcomes(failed=1)
+    assert said in done.stdout.str()
+    assert "Error" not in done.stdout.str()
 
 
 USES = """
