@@ -7,10 +7,10 @@ is read in a light notebook and in a dark one.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from html import escape
 from itertools import accumulate
 
 from memprof.records import PARTS, Run, SampleRecord
+from memprof.reports.pages import escape
 from memprof.reports.rows import sheets
 from memprof.telling import facts
 from memprof.telling.palette import PART_COLOURS, PART_LABELS
