@@ -74,9 +74,7 @@ class Look:
     least: float = 0.0
 
     @classmethod
-    def of(
-        cls, style: str = "print", width: str = "single", unit: str = "GiB", *, caption: bool = True
-    ) -> Look:
+    def of(cls, style: str = "print", width: str = "single", unit: str = "GiB", *, caption: bool = True) -> Look:
         """The look called ``style`` at ``width``; raises :class:`BadValue` for unknown names.
 
         Without a ``caption`` a figure for print has no title either: both stand in the paper's own caption.
