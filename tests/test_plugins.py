@@ -115,3 +115,11 @@ def test_a_broken_plug_in_of_another_package_stops_no_other(
         assert "broken" in METHODS.names()
     finally:
         plugins._added.cache_clear()
+
+
+def test_a_long_list_of_names_says_how_many_it_leaves_out() -> None:
+    names = [f"s{n:02}" for n in range(43)]
+    error = UnknownName("sample", "s4", names, most=20)
+    assert str(error).endswith("s18, s19, ... and 23 more")
+    assert error.valid == names
+    assert "more" not in str(UnknownName("sample", "s4", names[:20], most=20))
