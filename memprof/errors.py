@@ -37,13 +37,14 @@ class UsageError(MemprofError):
 
 
 class UnknownName(UsageError):
-    """A name that is not registered; the message lists the names that are."""
+    """A name that is not registered; the message lists the names that are, and says how many more than ``most``."""
 
-    def __init__(self, kind: str, name: str, valid: Iterable[str]) -> None:
+    def __init__(self, kind: str, name: str, valid: Iterable[str], most: int | None = None) -> None:
         names = sorted(valid)
         near = get_close_matches(name, names, n=1)
         hint = f" (did you mean {near[0]!r}?)" if near else ""
-        super().__init__(f"unknown {kind} {name!r}{hint}; valid: {', '.join(names)}")
+        more = f", ... and {len(names) - most} more" if most is not None and len(names) > most else ""
+        super().__init__(f"unknown {kind} {name!r}{hint}; valid: {', '.join(names[:most])}{more}")
         self.kind, self.name, self.valid = kind, name, names
 
 

@@ -53,6 +53,22 @@ def _sound(name: str, value: Any) -> Any:
     return value
 
 
+def check_values(hints: type, name: str, values: Mapping[str, Any]) -> None:
+    """Hold a dict to the annotations of the ``TypedDict`` ``hints``; keys that it does not name may hold anything.
+
+    Raises:
+        ValueError: A value is of another type, or a number that nothing can have.
+    """
+    for key, read in _readers(hints).items():
+        if key in values:
+            read(f"{name}.{key}", values[key])
+
+
+@cache
+def _readers(hints: type) -> dict[str, _Reader]:
+    return {key: _reader(hint) for key, hint in get_type_hints(hints).items()}
+
+
 def _all_sound(name: str, values: Iterable[Any]) -> None:
     for value in values:
         if value.__class__ is int or value.__class__ is float:

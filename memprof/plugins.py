@@ -9,15 +9,17 @@ from __future__ import annotations
 
 import dataclasses
 import importlib
+import logging
 import math
 import pkgutil
 import typing
 from collections.abc import Iterator
 from functools import cache
-from importlib.metadata import entry_points
+from importlib.metadata import EntryPoint, entry_points
+from types import ModuleType
 from typing import Any, Generic, TypeVar
 
-from memprof.errors import BadValue, UnknownName
+from memprof.errors import BadValue, MemprofError, UnknownName
 
 T = TypeVar("T")
 _TRUE, _FALSE = {"true", "yes", "on", "1"}, {"false", "no", "off", "0"}
@@ -104,9 +106,26 @@ def split_spec(spec: str) -> tuple[str, dict[str, str]]:
 
 
 @cache
-def _added(group: str) -> dict[str, str]:
-    """The module of each plug-in that another package adds, by name; finding them reads every package's list."""
-    return {found.name: found.module for found in entry_points(group=group)}
+def _added(group: str) -> dict[str, EntryPoint]:
+    """Each plug-in that another package adds, by name; finding them reads every package's list."""
+    return {found.name: found for found in entry_points(group=group)}
+
+
+class BrokenPlugin(MemprofError):
+    """A plug-in of another package cannot be imported, or its module holds none; memprof's own are never broken."""
+
+    def __init__(self, kind: str, found: EntryPoint, why: str) -> None:
+        package = found.dist.name if found.dist else "an installed package"
+        super().__init__(
+            f"the {kind} {found.name!r} of {package} (entry point {found.name} = {found.value}) cannot be used: {why}; "
+            "mend or remove that package"
+        )
+
+
+@cache
+def _tell(line: str) -> None:
+    """Say it once a process, on stderr unless a program has set up its logs."""
+    logging.getLogger("memprof").warning("memprof: %s", line)
 
 
 class Registry(Generic[T]):
@@ -126,8 +145,11 @@ class Registry(Generic[T]):
         """The module of each plug-in, by name; memprof's own come before another's of the same name."""
         path = importlib.import_module(self.package).__path__
         own = [m.name for m in pkgutil.iter_modules(path) if not m.name.startswith("_")]
-        found = {} if self.group is None else _added(self.group)
+        found = {name: point.module for name, point in self._others().items()}
         return found | {name.replace("_", "-"): f"{self.package}.{name}" for name in own}
+
+    def _others(self) -> dict[str, EntryPoint]:
+        return {} if self.group is None else _added(self.group)
 
     def names(self) -> list[str]:
         """Every plug-in's name, sorted; imports none of them."""
@@ -140,11 +162,25 @@ class Registry(Generic[T]):
         return there.get(plugin.__module__, own.rpartition(".")[2].replace("_", "-"))
 
     def load(self, name: str) -> type[T]:
-        """The plug-in class called ``name``; raises :class:`UnknownName` with the valid names."""
+        """The plug-in class called ``name``.
+
+        Raises:
+            UnknownName: There is none; the valid names are listed.
+            BrokenPlugin: It is another package's, and cannot be imported.
+        """
         modules = self._modules()
         if name not in modules:
             raise UnknownName(self.kind, name, modules)
-        module = importlib.import_module(modules[name])
+        other = self._others().get(name)
+        if other is None or other.module != modules[name]:
+            return self._class_in(importlib.import_module(modules[name]))
+        try:
+            return self._class_in(importlib.import_module(other.module))
+        except Exception as error:  # whatever another's code may raise
+            why = f"{type(error).__name__}: {error}".partition("\n")[0]
+            raise BrokenPlugin(self.kind, other, why) from error
+
+    def _class_in(self, module: ModuleType) -> type[T]:
         found = [
             c
             for c in vars(module).values()
@@ -158,8 +194,14 @@ class Registry(Generic[T]):
         return found[0]
 
     def __iter__(self) -> Iterator[tuple[str, type[T]]]:
-        """Pairs of name and class, in name order."""
-        return ((name, self.load(name)) for name in self.names())
+        """Pairs of name and class, in name order; of one that is broken it is said so, and the others go on."""
+        for name in self.names():
+            try:
+                plugin = self.load(name)
+            except BrokenPlugin as error:
+                _tell(str(error))
+            else:
+                yield name, plugin
 
     def build(self, spec: str) -> T:
         """A plug-in from a spec string, with every field checked.

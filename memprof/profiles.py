@@ -133,7 +133,7 @@ class Profile(Run):
         """The table that ``memprof report`` prints.
 
         Args:
-            unit: ``GiB``, ``GB``, ``MiB`` or ``MB``; None: what shows the peak well.
+            unit: ``GiB``, ``GB``, ``MiB``, ``MB`` or ``KiB``; None: what shows the numbers well.
             width: In columns; None: the terminal's.
         """
         from memprof import reports

@@ -7,11 +7,14 @@ included), entry t is the t-th decode step.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+import re
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, fields, replace
-from typing import TYPE_CHECKING, Any, Literal, get_args
+from typing import TYPE_CHECKING, Any, Literal, Self, TypedDict, get_args
 
-from memprof.plain import Plain
+from memprof.errors import BadValue
+from memprof.plain import Plain, check_values
+from memprof.plugins import split_spec
 from memprof.prompts import Shape
 
 if TYPE_CHECKING:
@@ -324,6 +327,61 @@ class RunSpec(Plain):
     images: int | None = None
     batch: int | None = None
 
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> Self:
+        """As of any plain data; a method or a shard that nobody can have asked for is damage as well."""
+        spec = super().from_json(data)
+        try:
+            split_spec(spec.method)
+        except BadValue as error:
+            raise ValueError(f"method: {error}") from None
+        if spec.shard is not None and not _is_shard(spec.shard):
+            raise ValueError(f"shard is {spec.shard[:40]!r}, and not i/n with 1 <= i <= n")
+        return spec
+
+
+def _is_shard(text: str) -> bool:
+    """Whether ``text`` is ``i/n`` with 1 <= i <= n."""
+    found = re.fullmatch(r"([0-9]{1,9})/([0-9]{1,9})", text)
+    return found is not None and 1 <= int(found[1]) <= int(found[2])
+
+
+class Environment(TypedDict, total=False):
+    """What is read of :attr:`RunRecord.environment`: any key may be missing, and others may be there."""
+
+    memprof: str | None
+    git_commit: str | None
+    python: str | None
+    platform: str | None
+    torch: str | None
+    transformers: str | None
+    packages: dict[str, str | None]
+    allocator_settings: dict[str, str | None]
+    dtype: str | None
+    attention: dict[str, str | None]
+    positions: str | None
+    gpu: str | None
+    gpu_memory_bytes: int | None
+    gpu_context_bytes: int | None
+    gpu_source: str | None
+    compute_capability: str | None
+    cuda: str | None
+    cudnn: int | None
+    driver: str | None
+    device_bytes_of: str | None
+    allocator: str | None
+    attribution: str | None
+    cuda_visible_devices: str | None
+    cublas_workspace_config: str | None
+
+
+class Totals(TypedDict, total=False):
+    """What is read of :attr:`RunRecord.totals`; the rest is for other programs, and is made anew from the samples."""
+
+    samples: int | None
+    failed: int | None
+    peak_allocated_bytes: int | None
+
 
 @dataclass
 class RunRecord(Plain):
@@ -360,6 +418,22 @@ class RunRecord(Plain):
     samples_asked: int | None = None
     configuration: dict[str, Any] | None = None
     schema: int = SCHEMA
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> Self:
+        """As of any plain data, and what has no class of its own is looked through too: nobody behind needs to."""
+        record = super().from_json(data)
+        check_values(Environment, "environment", record.environment)
+        check_values(Totals, "totals", record.totals)
+        counts = {
+            "static_bytes": record.static_bytes, "layers": record.layers, "samples_asked": record.samples_asked,
+            "environment.gpu_context_bytes": record.environment.get("gpu_context_bytes"),
+            **{f"static_parts.{name}": n_bytes for name, n_bytes in record.static_parts.items()},
+        }  # fmt: skip
+        for name, count in counts.items():
+            if count is not None and count < 0:
+                raise ValueError(f"{name} is {count}, and below 0")
+        return record
 
 
 @dataclass

@@ -188,7 +188,7 @@ def read_run(path: Path | str) -> Run:
         DataError: The folder is missing, is no run folder, was written by a later schema, or has a broken line.
     """
     path = Path(path)
-    record = _read_record(path / RUN_FILE)
+    record = read_record(path)
     return _healed(Run(record, _read_samples(path / SAMPLES_FILE), str(path)))
 
 
@@ -229,7 +229,13 @@ def _healed(run: Run) -> Run:
     return run
 
 
-def _read_record(file: Path) -> RunRecord:
+def read_record(folder: Path) -> RunRecord:
+    """What ``run.json`` of a run folder says, every value of the type and form that it must have.
+
+    Raises:
+        DataError: It is missing, damaged, or of a later schema.
+    """
+    file = folder / RUN_FILE
     try:
         data = files.read_json(file)
     except FileNotFoundError:
@@ -240,7 +246,7 @@ def _read_record(file: Path) -> RunRecord:
     try:
         return RunRecord.from_json(data)
     except ValueError as error:
-        raise DataError(f"{file}: {error}") from None
+        raise DataError(f"{file} is damaged: {error}") from None
 
 
 def find_runs(paths: Iterable[Path | str]) -> list[Run]:

@@ -9,7 +9,7 @@ from memprof.errors import BadValue
 KIB, MIB, GIB = 2**10, 2**20, 2**30
 
 #: Units a user may ask for on screen, in bytes. ``GiB`` is binary, ``GB`` decimal; they are never mixed in one table.
-DISPLAY_UNITS: dict[str, int] = {"GiB": GIB, "GB": 10**9, "MiB": MIB, "MB": 10**6}
+DISPLAY_UNITS: dict[str, int] = {"GiB": GIB, "GB": 10**9, "MiB": MIB, "MB": 10**6, "KiB": KIB}
 
 #: A number without a unit that has more digits is one of bytes.
 MOST_DIGITS = 5
@@ -28,13 +28,19 @@ def check_unit(unit: str) -> str:
     return unit
 
 
-def unit_for(n_bytes: float, asked: str | None = None) -> str:
+def unit_for(n_bytes: float, asked: str | None = None, least: float | None = None) -> str:
     """The unit ``asked`` for, or the one that shows ``n_bytes`` well: GiB, but MiB below a tenth of one.
+
+    Where ``n_bytes`` is so small, and what is to be read beside it, ``least``, below a tenth of a MiB, it is KiB.
 
     Raises:
         BadValue: ``asked`` is no display unit.
     """
-    return check_unit(asked) if asked is not None else "GiB" if n_bytes > GIB / 10 else "MiB"
+    if asked is not None:
+        return check_unit(asked)
+    if n_bytes > GIB / 10:
+        return "GiB"
+    return "KiB" if 0 < (n_bytes if least is None else least) < MIB / 10 else "MiB"
 
 
 def in_unit(n_bytes: float, unit: str = "GiB") -> float:

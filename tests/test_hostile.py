@@ -316,6 +316,21 @@ def pipe(tmp_path: Path) -> Path:
     return tmp_path / "p.jsonl"
 
 
+def test_oom_waits_for_no_named_pipe(pipe: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    """A device that never ends neither; what the shell has opened, as ``<(dmesg)``, is read."""
+    for log in (pipe, Path("/dev/zero")):
+        code, _, err = said(capfd, "oom", log)
+        assert (code, one_line(err), "it is a " in err) == (1, True, True)
+    out, into = os.pipe()
+    os.write(into, b"torch.OutOfMemoryError: CUDA out of memory. Tried to allocate 2.00 GiB.")
+    os.close(into)
+    try:
+        code, shown, _ = said(capfd, "oom", f"/dev/fd/{out}")
+        assert (code, "Out of memory" in shown) == (0, True)
+    finally:
+        os.close(out)
+
+
 def test_a_pipe_is_not_waited_for(pipe: Path, capfd: pytest.CaptureFixture[str]) -> None:
     code, _, err = said(capfd, "run", "--device", "sim", "--task", "folder", "--data", pipe, "-o", pipe.parent / "o")
     assert (code, one_line(err), "a pipe" in err) == (1, True, True)

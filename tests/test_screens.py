@@ -15,6 +15,7 @@ sys.path.insert(0, str(Path(__file__).parent / "figures"))
 
 from synthetic import METHODS, make_runs, write_runs
 
+from memprof.models.find import named
 from memprof.reports._fitting import fitting
 from memprof.reports._paper import Paper
 
@@ -48,6 +49,21 @@ def test_screens(
     if request.config.getoption("--record"):
         file.write_text(text, encoding="utf-8")
     assert text == file.read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("width", [60, 80, 120, 160])
+def test_ids_of_models_are_whole(
+    width: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """So that they can be copied, whatever the terminal's width."""
+    monkeypatch.setenv("COLUMNS", str(width))
+    code, out, _ = call(capsys, "list", "models")
+    assert code == 0
+    words = out.split()
+    for model in named().values():
+        assert model.name in words
+        assert not model.hub or model.hub in words
+    assert max(map(len, out.splitlines())) <= width
 
 
 @pytest.mark.parametrize("columns", [4, 9, 14])

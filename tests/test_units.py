@@ -38,6 +38,9 @@ def test_the_unit_stands_beside_the_number() -> None:
 
 def test_the_unit_follows_from_the_size_unless_asked_for() -> None:
     assert [unit_for(n) for n in (4 * GIB, GIB // 5, 7 * MIB, 0)] == ["GiB", "GiB", "MiB", "MiB"]
+    assert [unit_for(n, least=50_000) for n in (GIB, 7 * MIB)] == ["GiB", "KiB"]  # what is shown beside it counts
+    assert [unit_for(n, least=0) for n in (7 * MIB, 50_000)] == ["MiB", "MiB"]
+    assert unit_for(50_000) == "KiB"
     assert unit_for(7 * MIB, "GB") == "GB"
     with pytest.raises(BadValue):
         unit_for(7 * MIB, "G")

@@ -268,7 +268,7 @@ def _sample(run: Run, name: str | None) -> SampleRecord:
     if not run.finished:
         raise DataError(f"{run.path or 'the run'} has no finished sample to explain")
     if chosen is None:
-        raise UnknownName("finished sample", str(name), [s.id for s in run.finished][:20])
+        raise UnknownName("finished sample", str(name), (s.id for s in run.finished), most=20)
     if not chosen.peak_parts or chosen.dynamic_peak_bytes <= 0:
         raise DataError(f"sample {chosen.id} was recorded without the parts of its peak")
     return chosen

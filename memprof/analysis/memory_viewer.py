@@ -85,7 +85,7 @@ def _sample(run: Run, name: str | None) -> SampleRecord:
         return max(there, key=lambda s: s.dynamic_peak_bytes)
     chosen = next((s for s in there if s.id == name), None)
     if chosen is None:
-        raise UnknownName("sample", name, [s.id for s in there][:20])
+        raise UnknownName("sample", name, (s.id for s in there), most=20)
     return chosen
 
 

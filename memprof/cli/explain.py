@@ -111,7 +111,8 @@ def _show_side_by_side(found: list[Explanation], unit: str) -> None:
     ]
     rows.insert(0, ("dynamic", *(_number(one.dynamic_peak_bytes, unit) for one in found)))
     rows.insert(0, ("static: weights and buffers", *(_number(one.static_bytes, unit) for one in found)))
-    _columns(console, f"Who holds it, in {unit}", "what", names, rows)
+    _columns(console, f"Who holds it at that instant, in {unit}", "what", names, rows)
+    _cache(console, found)
     if any(one.predicted_peak_bytes is None for one in found):
         return
     _columns(console, f"Peak above static with one change, in {unit} (predicted; * may change answers)", "change",
@@ -172,7 +173,17 @@ def _where(console: Screen, found: Explanation, unit: str) -> None:
     ]
     if found.context_bytes is not None:
         rows.append(("CUDA context and libraries: device beyond reserved", _number(found.context_bytes, unit), ""))
-    _print(console, f"Who holds it ({found.status})", "what", [unit, "of dynamic"], rows)
+    _print(console, f"Who holds it at that instant ({found.status})", "what", [unit, "of dynamic"], rows)
+    _cache(console, [found])
+
+
+def _cache(console: Screen, found: list[Explanation]) -> None:
+    """Reports count the cache otherwise: say which number this is."""
+    from rich.text import Text
+
+    if any(one.parts.get("kv_cache") for one in found):
+        line = "KV cache: what it holds at that instant; in memprof report it is the most that a token left."
+        console.print(Text(line, style="dim"))
 
 
 def _holders(console: Screen, found: Explanation, unit: str, top: int) -> None:

@@ -13,6 +13,7 @@ from memprof.cli import _options as opt
 
 if TYPE_CHECKING:
     from memprof.families import Model
+    from memprof.reports._paper import Screen
 
 #: Where a field's default comes from, in words.
 ORIGINS = {
@@ -126,8 +127,10 @@ def _show(found: dict[str, Any]) -> None:
             continue
         if kind == "cards":
             rows = [_card(row) for row in rows]
+        if kind == "models":
+            _show_models(console, rows)
+            continue
         columns = {
-            "models": ("name", "family", "layers", "hidden", "dtype", "hub"),
             "tasks": ("name", "title", "metric"),
             "devices": ("name", "about"),
             "cards": ("name", "memory", "context", "note"),
@@ -139,6 +142,29 @@ def _show(found: dict[str, Any]) -> None:
             table.add_row(*(str(row[c] if row[c] is not None else "-") for c in columns))
         console.print(table)
         console.print()
+
+
+def _show_models(console: Screen, rows: Rows) -> None:
+    """A table where it has its room, else the hub's id below each name: ids stay whole, to be copied."""
+    from rich.measure import Measurement
+    from rich.table import Table
+    from rich.text import Text
+
+    columns = ("name", "family", "layers", "hidden", "dtype", "hub")
+    table = Table(box=None, pad_edge=False, header_style="dim")
+    for column in columns:
+        table.add_column(column, no_wrap=True)
+    for row in rows:
+        table.add_row(*(Text(str(row[c] if row[c] is not None else "-")) for c in columns))
+    if Measurement.get(console, console.options.update(width=10_000), table).maximum <= console.width:
+        console.print(table)
+    else:
+        for row in rows:
+            about = f"  {row['family']}, {row['layers']} layers, hidden {row['hidden']}, {row['dtype']}"
+            console.print(Text(row["name"], style="bold").append(about, style="not bold"), highlight=False)
+            if row["hub"]:
+                console.print(Text(f"  {row['hub']}"), soft_wrap=True, highlight=False)
+    console.print()
 
 
 def _card(row: dict[str, Any]) -> dict[str, Any]:

@@ -31,6 +31,8 @@ def oom(
     memprof oom train.log
 
     python train.py 2>&1 | memprof oom
+
+    memprof oom <(dmesg)
     """
     from memprof.snapshots.message import read
     from memprof.units import unit_for
@@ -57,6 +59,7 @@ def _lines(log: Path) -> Iterator[str]:
             raise UsageError("give the log's name, or pipe the error in: python train.py 2>&1 | memprof oom")
         source = sys.stdin.buffer
     else:
+        _check_kind(log)
         try:
             source = log.open("rb")
         except OSError as error:
@@ -67,6 +70,19 @@ def _lines(log: Path) -> Iterator[str]:
                 yield line.decode("utf-8", "replace")
         except OSError as error:
             raise DataError(f"cannot read {log}: {error.strerror or error}") from None
+
+
+def _check_kind(log: Path) -> None:
+    """Raise DataError for a device, or a pipe that has a name: nobody may ever write to it, or cease to.
+
+    What the shell has opened already is read: ``memprof oom <(dmesg)`` names ``/dev/fd/63``.
+    """
+    from memprof.errors import DataError
+    from memprof.files import kind_of
+
+    opened = str(log).startswith(("/dev/fd/", "/dev/stdin", "/proc/self/fd/"))
+    if not opened and (kind := kind_of(log)) in ("a pipe", "a device", "a socket"):
+        raise DataError(f"cannot read {log}: it is {kind}; give a file, or pipe the text in: ... | memprof oom")
 
 
 def _show(message: Message, asked_unit: str | None) -> None:

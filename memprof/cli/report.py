@@ -30,7 +30,7 @@ def report(
     ] = None,
     unit: Annotated[
         str | None,
-        typer.Option(help="GiB, GB, MiB or MB (default: what fits); csv, json and chrome hold bytes."),
+        typer.Option(help="GiB, GB, MiB, MB or KiB (default: what fits); csv, json and chrome hold bytes."),
     ] = None,
     sample: Annotated[
         str | None,

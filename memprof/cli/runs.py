@@ -54,13 +54,12 @@ def runs(
 def _row(folder: Path) -> dict[str, Any]:
     from memprof.cli._runs import _written, members
     from memprof.errors import MemprofError
-    from memprof.files import read_json
-    from memprof.records import RunRecord
+    from memprof.store import read_record
 
     row: dict[str, Any] = {"path": str(folder), "when": f"{datetime.fromtimestamp(_written(folder)):%Y-%m-%d %H:%M}"}
     try:
-        records = [RunRecord.from_json(read_json(one / "run.json")) for one in members(folder)]
-    except (MemprofError, ValueError) as error:
+        records = [read_record(one) for one in members(folder)]
+    except MemprofError as error:
         return row | {"error": str(error).partition("\n")[0]}
     return row | _told(records)
 

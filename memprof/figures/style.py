@@ -74,9 +74,7 @@ class Look:
     least: float = 0.0
 
     @classmethod
-    def of(
-        cls, style: str = "print", width: str = "single", unit: str = "GiB", *, caption: bool = True
-    ) -> Look:
+    def of(cls, style: str = "print", width: str = "single", unit: str = "GiB", *, caption: bool = True) -> Look:
         """The look called ``style`` at ``width``; raises :class:`BadValue` for unknown names.
 
         Without a ``caption`` a figure for print has no title either: both stand in the paper's own caption.
@@ -116,7 +114,7 @@ class Look:
     def value(self, n_bytes: float, digits: int = 2) -> str:
         """A number of the display unit, without the unit; small ones with a digit more, nothing is never said."""
         shown = in_unit(n_bytes, self.unit)
-        if self.unit in ("MiB", "MB"):
+        if self.unit in ("MiB", "MB", "KiB"):
             digits = 0 if shown >= 9.95 else 1
         elif 0 < shown < 0.0095:
             digits = max(digits, 3)
@@ -272,7 +270,7 @@ class Sheet:
         for number, text in enumerate(caption):
             self._text(self.pad, self.pad + (len(caption) - 1 - number) * line + pt(1.5), text, look.small, color=MUTED)
         if left is None:
-            left = 38 if look.unit in ("MiB", "MB") else 33
+            left = 38 if look.unit in ("MiB", "MB", "KiB") else 33
         self.x0, self.x1 = pt(left), look.width - pt(right)
         self.y0, self.y1 = foot + pt(below), foot + pt(below) + room
 

@@ -12,7 +12,7 @@ from typing import Any
 
 from memprof.errors import UnknownName
 from memprof.records import Run
-from memprof.units import GIB, unit_for
+from memprof.reports.rows import unit_of
 
 __all__ = ["check", "names", "render"]
 _PACKAGE = "memprof.reports.formats"
@@ -36,8 +36,8 @@ def render(name: str, runs: Sequence[Run], unit: str | None = None, **how: Any) 
     Args:
         name: One of :func:`names`.
         runs: Runs as :func:`memprof.store.find_runs` reads them.
-        unit: The unit on screen, or None for the one that shows the highest peak well; formats for programs (csv,
-            json, chrome) hold bytes whatever it is.
+        unit: The unit on screen, or None for the one that shows the highest peak, and the least cell, well; formats for
+            programs (csv, json, chrome) hold bytes whatever it is.
         how: What only this format takes, such as ``width`` and ``colour`` of ``table``.
 
     Raises:
@@ -46,6 +46,5 @@ def render(name: str, runs: Sequence[Run], unit: str | None = None, **how: Any) 
     """
     check(name)
     module = importlib.import_module(f"{_PACKAGE}.{name}")
-    peaks = (sample.peak_allocated_bytes for run in runs for sample in run.finished)
-    text: str = module.render(runs, unit_for(max(peaks, default=GIB), unit), **how)
+    text: str = module.render(runs, unit_of(runs, unit), **how)
     return text

@@ -7,14 +7,14 @@ is read in a light notebook and in a dark one.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from html import escape
 from itertools import accumulate
 
 from memprof.records import PARTS, Run, SampleRecord
-from memprof.reports.rows import sheets
+from memprof.reports.pages import escape
+from memprof.reports.rows import sheets, unit_of
 from memprof.telling import facts
 from memprof.telling.palette import PART_COLOURS, PART_LABELS
-from memprof.units import format_bytes, in_unit, unit_for
+from memprof.units import format_bytes, in_unit
 
 #: Width and height of the drawing, and the room beside it: for its scale, its count of tokens, its unit; in pixels.
 _WIDE, _HIGH, _LEFT, _FOOT, _TOP = 640, 180, 56, 22, 18
@@ -24,7 +24,7 @@ _MOST = 320
 
 def render(run: Run) -> str:
     """``run`` as a piece of HTML that stands by itself."""
-    unit = unit_for(max((sample.peak_allocated_bytes for sample in run.samples), default=2**30))
+    unit = unit_of([run])
     found = "".join(
         f"<p style='margin:.3em 0'><b>{escape(sheet.heading)}</b></p>{_table(sheet.head, sheet.rows)}"
         + "".join(f"<p style='margin:.3em 0'>{escape(line)}</p>" for line in sheet.remarks)

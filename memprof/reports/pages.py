@@ -9,6 +9,8 @@ import json
 from importlib.resources import files
 from typing import Any
 
+from memprof.lines import visible
+
 
 def page(package: str, title: str, data: Any, style: str | None = None) -> str:
     """``page/page.html`` of ``package`` with its script, a style (its own if None), a title and data filled in.
@@ -21,7 +23,7 @@ def page(package: str, title: str, data: Any, style: str | None = None) -> str:
     holes = {
         "STYLE_HASH": _digest(style),
         "SCRIPT_HASH": _digest(script),
-        "TITLE": html.escape(title),
+        "TITLE": escape(title),
         "STYLE": style,
         "SCRIPT": script,
         "DATA": embed(data),
@@ -29,6 +31,11 @@ def page(package: str, title: str, data: Any, style: str | None = None) -> str:
     head, *pieces = asset(package, "page.html").split("@")
     filled = [holes[piece] if number % 2 == 0 else piece for number, piece in enumerate(pieces)]
     return head + "".join(filled)
+
+
+def escape(text: str) -> str:
+    """Text that HTML shows as it stands; what a terminal would obey, where a page is printed on one, is written out."""
+    return html.escape(visible(text, but="\n\t"))
 
 
 def embed(data: Any) -> str:

@@ -11,10 +11,10 @@ from memprof.records import PARTS, Run, SampleRecord, quality, summarize
 from memprof.telling import facts
 from memprof.telling.holders import leading_part, words_for
 from memprof.telling.palette import PART_LABELS
-from memprof.units import format_bytes, in_unit, unit_for
+from memprof.units import GIB, format_bytes, in_unit, unit_for
 
 MISSING = "-"
-DIGITS = {"GiB": 3, "GB": 3, "MiB": 1, "MB": 1}
+DIGITS = {"GiB": 3, "GB": 3, "MiB": 1, "MB": 1, "KiB": 1}
 
 
 @dataclass(frozen=True)
@@ -78,6 +78,16 @@ def percent(share: float | None) -> str:
     return MISSING if share is None else f"{100 * share:.1f} %".replace("-", "−")
 
 
+def unit_of(runs: Sequence[Run], asked: str | None = None) -> str:
+    """The unit ``asked`` for, or one in which the highest peak, and each run's dynamic peak and KV cache, are read."""
+    done = [run.finished for run in runs if run.finished]
+    highest = max((sample.peak_allocated_bytes for some in done for sample in some), default=GIB)
+    cells = [
+        max(n) for some in done for n in zip(*((s.dynamic_peak_bytes, s.kv_cache_bytes) for s in some), strict=True)
+    ]
+    return unit_for(highest, asked, min(filter(None, cells), default=None))
+
+
 def sheets(runs: Sequence[Run], unit: str) -> Iterator[Sheet]:
     """A sheet for every group of runs that may be compared."""
     for group in facts.groups(runs):
@@ -127,9 +137,10 @@ def _sheet(group: list[Run], unit: str) -> Sheet:
 
 #: What a part is counted at, which the table's columns are not.
 PARTS_TITLE = "What holds each dynamic peak, at that instant"
+KV_CACHE = "KV cache: the most that a token left; at the peak (memprof explain) there may be less of it, or more"
 _LEGEND = (
     "dynamic peak: highest allocated above static",
-    "KV cache: the most that a token left; at the peak there may be less of it, or more",
+    KV_CACHE,
     "reserved: static + dynamic + cached by the allocator",
 )
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -254,6 +254,11 @@ def header(kind: str, name: str, runs: Sequence[Run], said: Sequence[str] = ()) 
         "specs": [run.record.spec.to_json() for run in runs],
         **({"said": list(said)} if said else {}),
     }
+
+
+def memory_text(data: Mapping[str, Any]) -> str:
+    """What a figure's axis measures: ``GPU memory``, and ``memory`` where a run of its data was on no GPU."""
+    return "memory" if any(spec.get("device") == "cpu" for spec in data.get("specs", ())) else "GPU memory"
 
 
 def slug(text: str) -> str:

@@ -64,7 +64,9 @@ _TASKS = {"ai2d": "AI2D", "ocrbench": "OCRBench"}
 
 def method_colour(name: str) -> str:
     """The colour of the method called ``name``; one that is new here gets a colour of its own by its name."""
-    return _METHODS[name][1] if name in _METHODS else _SPARE[crc32(name.encode()) % len(_SPARE)]
+    if name in _METHODS:
+        return _METHODS[name][1]
+    return _SPARE[crc32(name.encode(errors="backslashreplace")) % len(_SPARE)]
 
 
 def method_label(name: str) -> str:

@@ -27,7 +27,7 @@ def test_the_record_alone(folder: Path, capsys: pytest.CaptureFixture[str]) -> N
     assert code == 0
     assert err == ""
     assert out.startswith("InternVL2-2B under TopV peaks at ")
-    assert "Who holds it (predicted)" in out
+    assert "Who holds it at that instant (predicted)" in out
     assert "Largest tensors then" in out
     assert "What would lower it" not in out
     assert "\x1b" not in out

@@ -107,8 +107,20 @@ def test_equal_methods_are_both_seen():
 
     data = figures.plan(make_runs(("ai2d",), (METHODS[0], "random:keep=0.5", "uniform:keep=0.5"), samples=5, tokens=3))
     baseline, random, uniform = next(d["series"] for d in data if d["kind"] == "overlay")
-    assert _coincide(random, uniform)
-    assert not _coincide(baseline, random)
+    for drawn in ("token_peak_bytes", "sample_peak_bytes"):
+        assert _coincide(random, uniform, drawn)
+        assert not _coincide(baseline, random, drawn)
+    lower = uniform | {"token_peak_bytes": [*uniform["token_peak_bytes"][:-1], 0]}
+    assert not _coincide(random, lower, "token_peak_bytes")  # equal peaks of samples, and a token that is not
+    absent = uniform | {"token_peak_bytes": [*uniform["token_peak_bytes"][:-1], None]}
+    assert not _coincide(random, absent, "token_peak_bytes")
+
+
+def test_what_ran_on_no_gpu_has_no_axis_of_gpu_memory():
+    run = make_run(samples=1, tokens=2)
+    assert facts.memory_text(facts.header("curve", "x", [run])) == "GPU memory"
+    run.record.spec.device = "cpu"
+    assert facts.memory_text(facts.header("curve", "x", [run])) == "memory"
 
 
 def test_runs_of_other_stacks_status_or_data_are_not_compared():

@@ -32,6 +32,9 @@ def test_what_pruning_costs(tmp_path):
             sample.fidelity = {"agreement": 0.5, "kl": 0.25, "exact": 0.0, "first_divergence": 2.0}
     path = tmp_path / "report.html"
     path.write_text(reports.render("html", runs), encoding="utf-8")
+    with Page(path, width=390) as page:  # nothing beyond the edge of a phone
+        cut = "[...document.querySelectorAll('.scroll')].filter((one) => one.scrollWidth > one.clientWidth).length"
+        assert page.run(cut) == 0
     with Page(path) as page:
         assert "What it costs" in text(page, "main")
         assert "0.250 [0.250, 0.250]" in text(page, "main table:not(.words)")

@@ -373,3 +373,23 @@ def test_the_total_is_what_nvidia_smi_would_show():
     measured = make_run(samples=2, tokens=2, measured=True)
     used = [u for s in measured.finished for u in s.tokens.device_used_bytes]
     assert summarize(measured)["device_bytes"] == max(used)
+
+
+def test_tiny_runs_are_read_in_a_unit_that_shows_every_cell():
+    """Every dynamic peak and cache: a model of a test's size held "<0.1 MiB" of either."""
+    run = make_run(samples=1, tokens=2)
+    run.record.static_bytes = 3_000_000
+    tokens = run.samples[0].tokens
+    run.samples[0].dynamic_peak_bytes, run.samples[0].peak_parts = 70_000, {"kv_cache": 5_000, "mlp": 65_000}
+    tokens.peak_allocated_bytes, tokens.kv_bytes = [3_070_000, 3_010_000], [5_000, 6_000]
+    text = reports.render("table", [run], width=120)
+    assert "in KiB" in text
+    assert f"{70_000 / 1024:.1f}" in text
+    assert f"{6_000 / 1024:.1f}" in text
+    assert "<0.1" not in text
+    assert "in MiB" in reports.render("table", [run], "MiB", width=120)
+
+
+def test_the_terminal_says_what_its_kv_cache_is(runs):
+    """``explain`` says what the cache holds at the peak, which is another number."""
+    assert "KV cache: the most that a token left" in " ".join(reports.render("table", runs, width=80).split())

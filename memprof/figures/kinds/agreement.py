@@ -123,4 +123,4 @@ def _size(mark: str, look: Look) -> dict[str, float]:
 
 def _small(look: Look) -> str:
     """The unit of differences: the small one of the display unit's kind."""
-    return "MiB" if look.unit in ("GiB", "MiB") else "MB"
+    return {"GB": "MB", "MB": "MB", "KiB": "KiB"}.get(look.unit, "MiB")

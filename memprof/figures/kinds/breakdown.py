@@ -79,7 +79,7 @@ class Breakdown(Kind):
         axes.set_xlim(0, in_unit(most, look.unit) * 1.02)
         axes.set_yticks([])
         axes.xaxis.set_major_locator(MaxNLocator(5, steps=[1, 2, 2.5, 5, 10]))
-        axes.set_xlabel(f"dynamic GPU memory at its highest instant ({look.unit})")
+        axes.set_xlabel(f"dynamic {facts.memory_text(data)} at its highest instant ({look.unit})")
         return sheet.figure
 
     @staticmethod

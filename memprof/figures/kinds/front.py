@@ -85,7 +85,7 @@ class Front(Kind):
         axes.xaxis.set_major_locator(MaxNLocator(5, steps=[1, 2, 2.5, 5, 10]))
         axes.yaxis.set_major_locator(MaxNLocator(5, steps=[1, 2, 2.5, 5, 10]))
         axes.set_xlabel(data["x_label"])
-        axes.set_ylabel(f"peak GPU memory ({look.unit})")
+        axes.set_ylabel(f"peak {facts.memory_text(data)} ({look.unit})")
         return sheet.figure
 
 

@@ -79,9 +79,7 @@ class MemoryCurve(Kind):
             KeyItem(f"KV cache ≤ {look.labelled(data['kv_cache_bytes'])}", kv_colour),
             *([KeyItem("failed", palette.ALARM, "x")] if failed else []),
         ]
-        sheet = Sheet(
-            look, data, data["title"], body=112, left=look.left(data["axis_bytes"][1]), right=26, key=key
-        )
+        sheet = Sheet(look, data, data["title"], body=112, left=look.left(data["axis_bytes"][1]), right=26, key=key)
         axes, pt = sheet.axes(), look.pt
         step, peak, kv = _thinned(data["peak_allocated_bytes"], data["kv_bytes"])
         total = len(data["peak_allocated_bytes"])
@@ -104,7 +102,7 @@ class MemoryCurve(Kind):
         axes.set_ylim(low, high)
         axes.yaxis.set_major_locator(MaxNLocator(5, steps=[1, 2, 2.5, 5, 10]))
         axes.xaxis.set_major_locator(MaxNLocator(5, integer=True))
-        axes.set_ylabel(f"GPU memory ({look.unit})")
+        axes.set_ylabel(f"{facts.memory_text(data)} ({look.unit})")
         done = len(data["samples"]) - len(failed)
         axes.set_xlabel(f"generated token over the run ({done} sample{'s' * (done != 1)})")
         if low > 0:

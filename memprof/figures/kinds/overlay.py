@@ -81,8 +81,9 @@ class Overlay(Kind):
 
     def paint(self, data: dict[str, Any], look: Look) -> Figure:
         """Highest first, so that the lower ones lie in front; of single lines, sample by sample."""
-        order = _merged(sorted(data["series"], key=lambda s: -s["dynamic_peak_bytes"]))
         many, count = len(data["samples"]) >= MANY, len(data["samples"])
+        drawn = "sample_peak_bytes" if many else "token_peak_bytes"
+        order = _merged(sorted(data["series"], key=lambda s: -s["dynamic_peak_bytes"]), drawn)
         ranks = _ranks(data["series"][0]["sample_peak_bytes"]) if many else list(range(count))
         notes = [facts.peak_text(look.labelled(s["dynamic_peak_bytes"]), s["saving"]) for s in order]
         names = [line for s in order for line in s["label"].split("\n")]
@@ -112,7 +113,7 @@ class Overlay(Kind):
         axes.set_ylim(0, in_unit(top, look.unit) * 1.06)
         axes.yaxis.set_major_locator(MaxNLocator(5, steps=[1, 2, 2.5, 5, 10]))
         axes.xaxis.set_major_locator(MaxNLocator(5, integer=True))
-        axes.set_ylabel(f"dynamic GPU memory ({look.unit})")
+        axes.set_ylabel(f"dynamic {facts.memory_text(data)} ({look.unit})")
         first = data["series"][0]["label"]
         axes.set_xlabel(
             f"samples by rising peak under {first} ({count:,})" if many
@@ -193,11 +194,11 @@ def _room(order: Sequence[dict[str, Any]]) -> float:
     return 9.5 + 9.0 * max(1 + int(s["label"].count("\n")) for s in order)
 
 
-def _merged(series: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """``series`` with those that coincide as one, under all their names."""
+def _merged(series: list[dict[str, Any]], drawn: str) -> list[dict[str, Any]]:
+    """``series`` with those whose points, ``drawn``, coincide as one, under all their names."""
     kept: list[dict[str, Any]] = []
     for one in series:
-        twin = next((other for other in kept if _coincide(other, one)), None)
+        twin = next((other for other in kept if _coincide(other, one, drawn)), None)
         if twin is None:
             kept.append(dict(one))
         else:
@@ -205,12 +206,13 @@ def _merged(series: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return kept
 
 
-def _coincide(one: dict[str, Any], other: dict[str, Any]) -> bool:
-    """Whether two methods' peaks are the same, to the eye, on most samples, and their highest too."""
-    pairs = zip(one["sample_peak_bytes"], other["sample_peak_bytes"], strict=True)
-    close: list[bool] = [abs(a - b) <= 0.01 * max(a, b) for a, b in pairs if a is not None and b is not None]
-    highest = one["dynamic_peak_bytes"], other["dynamic_peak_bytes"]
-    return 2 * sum(close) > len(close) and abs(highest[0] - highest[1]) <= 0.01 * max(highest)
+def _coincide(one: dict[str, Any], other: dict[str, Any], drawn: str) -> bool:
+    """Whether two methods' lines lie on each other, to the eye: every point of ``drawn``, and their highest too."""
+    pairs = [
+        *zip(one[drawn], other[drawn], strict=True), (one["dynamic_peak_bytes"], other["dynamic_peak_bytes"]),
+    ]  # fmt: skip
+    eye = 0.01 * max(b for pair in pairs for b in pair if b is not None)
+    return all(a == b if a is None or b is None else abs(a - b) <= eye for a, b in pairs)
 
 
 def _apart(wanted: Sequence[float], gap: float, low: float, high: float) -> list[float]:

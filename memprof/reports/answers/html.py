@@ -6,13 +6,13 @@ import base64
 import hashlib
 import io
 from collections.abc import Mapping
-from html import escape
 from importlib.resources import files
 from typing import TYPE_CHECKING
 
 from memprof.asked import Asked
 from memprof.reports.answers.sheet import HEAD, Column, Sheet, key_text, sheet
 from memprof.reports.answers.words import Marked
+from memprof.reports.pages import escape
 from memprof.telling.palette import method_colour
 
 if TYPE_CHECKING:
@@ -77,7 +77,7 @@ base-uri 'none'; form-action 'none'">
 def _card(number: int, one: Column, picture: Image | None) -> str:
     shown = ""
     if picture is not None:
-        words = escape(f"{one.label} keeps {one.kept}", quote=True)
+        words = escape(f"{one.label} keeps {one.kept}")
         caption = f"<figcaption>keeps {escape(one.kept)}</figcaption>"
         shown = f'<figure><img alt="{words}" src="{_data(picture)}">{caption}</figure>'
     return (

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from memprof.lines import visible
 from memprof.records import Run
 from memprof.reports.rows import Sheet, sheets
 
@@ -26,7 +27,7 @@ def _table(sheet: Sheet) -> str:
     said = [sheet.origin, *sheet.legend, *sheet.remarks]
     return "\n".join(
         [
-            *(f"% {line}" for line in said), r"\begin{table}", r"\centering", "\n\n".join(blocks),
+            *(f"% {visible(line)}" for line in said), r"\begin{table}", r"\centering", "\n\n".join(blocks),
             rf"\caption{{{escape(sheet.heading)}. {escape('; '.join(sheet.legend))}.}}", r"\end{table}", "",
         ]
     )  # fmt: skip
@@ -41,4 +42,4 @@ def _tabular(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 def escape(text: str) -> str:
     """Text that LaTeX prints as it stands."""
-    return "".join(_SPECIAL.get(character, character) for character in text)
+    return "".join(_SPECIAL.get(character, character) for character in visible(text))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 
+from memprof.lines import visible
 from memprof.records import Run
 from memprof.reports.rows import CALLERS_HEAD, CALLERS_TITLE, PARTS_TITLE, sheets
 
@@ -41,6 +42,6 @@ def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
 
 
 def escape(text: str) -> str:
-    """Text that Markdown and the HTML in it leave alone."""
-    safe = text.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
+    """Text that Markdown, the HTML in it and a terminal that shows it leave alone."""
+    safe = visible(text).replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
     return re.sub(r"([\\`*_\[\]|#!~@])", r"\\\1", safe)

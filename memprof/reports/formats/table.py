@@ -10,7 +10,7 @@ from rich.text import Text
 from memprof.records import Run
 from memprof.reports._fitting import fitting
 from memprof.reports._paper import Paper
-from memprof.reports.rows import CALLERS_HEAD, CALLERS_TITLE, Sheet, sheets
+from memprof.reports.rows import CALLERS_HEAD, CALLERS_TITLE, KV_CACHE, Sheet, sheets
 from memprof.telling import facts
 from memprof.telling.palette import method_colour
 
@@ -41,4 +41,4 @@ def _print(console: Console, sheet: Sheet) -> None:
         console.print(Text(line, style="yellow"))
     if len(sheet.remarks) > MOST_REMARKS:
         console.print(Text(f"... and {len(sheet.remarks) - MOST_REMARKS} more", style="yellow"))
-    console.print(Text(" · ".join([sheet.legend[-1], sheet.origin]), style="dim"))
+    console.print(Text(" · ".join([KV_CACHE, sheet.legend[-1], sheet.origin]), style="dim"))

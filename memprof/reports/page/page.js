@@ -195,7 +195,7 @@
       ...(g.quality.length ? [
         el("h3", {}, "What it costs"),
         el("p", { class: "muted" }, "Answers beside the right ones and beside the unpruned model's: mean [95 % bootstrap interval over samples]."),
-        el("div", { class: "scroll" }, table("", g.quality_head, g.quality)),
+        el("div", { class: "scroll" }, table("costs", g.quality_head, g.quality)),
       ] : []),
       ...g.said.map((text) => el("p", { class: "said" }, text)),
       ...g.remarks.map((text) => el("p", { class: "muted" }, text)),
