@@ -488,10 +488,15 @@ def _refuse_full_window(cache: Any, tokens: int) -> None:
     sliding = [one for one in getattr(cache, "layers", ()) if getattr(one, "is_sliding", False)]
     window = min((one.sliding_window for one in sliding), default=0)
     if window and tokens >= window:
-        raise UsageError(
-            f"pruning works until a sliding window is full: it has {window} tokens, and {tokens} are reached; "
-            "shorten the prompt or the answer"
-        )
+        raise window_full(window, tokens)
+
+
+def window_full(window: int, tokens: int) -> UsageError:
+    """Why nothing is pruned of a prompt that, with its answer, comes to ``tokens``."""
+    return UsageError(
+        f"pruning works until a sliding window is full: it has {window} tokens, and {tokens} are reached; "
+        "shorten the prompt or the answer"
+    )
 
 
 def _placed(values: npt.NDArray[Any], like: torch.Tensor) -> torch.Tensor:
