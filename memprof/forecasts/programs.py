@@ -11,8 +11,9 @@ import dataclasses
 from collections.abc import Callable, Sequence
 from typing import Any, TypeAlias
 
+from memprof.forecasts.windows import cached_by_first
 from memprof.prompts import Shape
-from memprof.pruning import Pruner, Stage, visual_tokens_per_layer
+from memprof.pruning import Pruner, Stage
 from memprof.pruning.signals import signal_kind
 from memprof.simulator.allocator import CachingAllocator
 from memprof.simulator.filling import Told, joined
@@ -151,11 +152,10 @@ class Programs:
         except Irregular:
             return None
         # A sliding layer also holds the size of its window, in a tensor of one number.
-        layers = [[cached for cached in layer if len(cached.shape) > 1] for layer in layers]
-        layers = [layer for layer in layers if layer]
+        layers = [layer for layer in layers if any(len(cached.shape) > 1 for cached in layer)]
         return Forecast(
             reading,
-            [max(cached.shape[-2] for cached in layer) for layer in layers],
+            [max(cached.shape[-2] for cached in layer if len(cached.shape) > 1) for layer in layers],
             [sum(cached.nbytes for cached in layer) for layer in layers],
             kv_bytes[: len(reading.allocated_bytes)],
         )
@@ -183,8 +183,7 @@ class Programs:
 
     def filled(self, shape: Shape, new_tokens: int) -> list[int]:
         """The steps of an answer in which sliding windows fill; none where all are full before, or are never."""
-        kept = visual_tokens_per_layer(self.stages(shape), shape.visual_tokens, self.depth)[0]
-        begin = shape.length if self.pruner.mask_only else shape.text_tokens + kept
+        begin = cached_by_first(self.pruner, shape, self.depth)
         return [window - begin for window in self.windows if 1 <= window - begin < new_tokens]
 
     def filling_of(self, shape: Shape, new_tokens: int) -> Filling | None:

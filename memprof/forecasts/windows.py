@@ -6,6 +6,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from memprof.families import Model
+from memprof.prompts import Shape
+from memprof.pruning import Pruner, visual_tokens_per_layer
 
 #: Kinds of layers whose cache forgets, and where the configuration says how many tokens it keeps.
 _FORGETFUL: Mapping[str, str] = {
@@ -26,6 +28,14 @@ def windows_of(model: Model) -> tuple[int | None, ...]:
         None if mode == "reuse" else text.get(_FORGETFUL.get(kind, "")) or None
         for kind, mode in zip(kinds, shared, strict=False)
     )
+
+
+def cached_by_first(pruner: Pruner, shape: Shape, layers: int) -> int:
+    """Tokens that the first of the decoder layers has cached of a prompt: what tells how full windows are."""
+    if pruner.mask_only:
+        return shape.length
+    stages = pruner.stages(shape.visual_tokens, layers)
+    return shape.text_tokens + visual_tokens_per_layer(stages, shape.visual_tokens, layers)[0]
 
 
 def _kind_of_all(text: Mapping[str, Any]) -> str:

@@ -386,7 +386,7 @@ class Program:
         in which a sliding window fills.
         """
         assert self.structure is not None
-        return Unfolded(self.sizes, self.structure, depth, tokens, courses, at_once or AT_ONCE, filled)
+        return Unfolded(self.sizes, self.structure, depth, tokens, courses, at_once, filled)
 
     # -- on disk -------------------------------------------------------------------------------------------------------
 
@@ -457,10 +457,10 @@ class Unfolded:
 
     def __init__(
         self, sizes: Table, structure: Structure, depth: int, tokens: int, courses: Sequence[Course],
-        at_once: int = AT_ONCE, filled: int | None = None,
+        at_once: int | None = None, filled: int | None = None,
     ) -> None:
         self.sizes, self.structure, self.courses = sizes, structure, courses
-        self.depth, self.tokens, self._at_once = depth, tokens, at_once
+        self.depth, self.tokens, self._at_once = depth, tokens, at_once or AT_ONCE
         self.runs = runs_of(tokens, filled) if structure.folded_tokens else _singles(0, tokens)
         self._kept: dict[tuple[int, int, tuple[Name, ...]], _Written] = {}
 
