@@ -124,7 +124,9 @@ def filled(n: int, tokens: int, window: int, **kind: Any) -> Unfolded:
 @pytest.mark.parametrize("step", [1, 2, 3, 5, 6, 7, 20, 31])
 @pytest.mark.parametrize("behind", [1, 2, 4, 5, 6, 7, 8, 40])
 @pytest.mark.parametrize("at_once", [4, 64])
-def test_a_window_that_fills_in_an_answer(step: int, behind: int, at_once: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_window_that_fills_in_an_answer(
+    step: int, behind: int, at_once: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr("memprof.simulator.program.AT_ONCE", at_once)
     n, tokens, kind = 50 - step, step + behind, {"wide": 8_192}
     real = read_cuda(made_up(tokens, 9, n, window=50, **kind).trace, CachingAllocator())
