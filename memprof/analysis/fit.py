@@ -322,12 +322,12 @@ def _new_tokens(desk: _Desk, gpu_bytes: int, shown: Shown) -> Limit:
         return Limit("new tokens", made, None, None, "the prompt alone is too large")
     grown = partial(_grown, memory, windows, begun + made - 1)
     more = bisect_right(range(1, max(0, most - made) + 1), gpu_bytes - last, key=grown)
-    needs = max(asked.device_bytes, round(last + grown(more)))
+    needs = max(asked.device_bytes, last + grown(more))
     note = f"extrapolated from {made}" + (f", layers with a window until it has {least:,} tokens" if least else "")
     return Limit("new tokens", made, made + more, needs, bound if made + more == most else note)
 
 
-def _grown(memory: Memory, windows: Sequence[int | None], cached: int, more: int) -> float:
+def _grown(memory: Memory, windows: Sequence[int | None], cached: int, more: int) -> int:
     """What ``more`` new tokens add where ``cached`` are: a layer with a sliding window grows until it is full."""
     grown, layers = list[int](), [*zip(memory.kv_bytes_per_layer, memory.kv_tokens_found, strict=True)]
     if len(layers) != len(windows):  # some have no cache of their own: all are taken to grow
@@ -335,7 +335,7 @@ def _grown(memory: Memory, windows: Sequence[int | None], cached: int, more: int
     for (nbytes, tokens), window in zip(layers, windows, strict=True):
         adds = more if window is None else max(0, min(cached + more, window) - cached)
         grown.append(adds * (nbytes // tokens) if tokens else 0)
-    return sum(grown) + max(grown, default=0) / 2  # while it grows, a layer's keys are there twice
+    return sum(grown) + max(grown, default=0) // 2  # while it grows, a layer's keys are there twice
 
 
 def _keep(desk: _Desk, gpu_bytes: int, shown: Shown) -> tuple[Limit, ...]:

@@ -93,6 +93,7 @@ class Programs:
 
     def __init__(self, depth: int, pruner: Pruner, windows: Sequence[int | None] = ()) -> None:
         self.depth, self.pruner = depth, pruner
+        self._slides = tuple(windows)
         self.windows = tuple(sorted({window for window in windows if window is not None}))
         self.shared: dict[tuple[Any, ...], Program | None] = {}
         self.alone: dict[Lengths, Program | None] = {}
@@ -151,14 +152,26 @@ class Programs:
             reading = read_stretches(lambda: unfolded.stretches(lengths, passages), start, known)
         except Irregular:
             return None
-        # A sliding layer also holds the size of its window, in a tensor of one number.
-        layers = [layer for layer in layers if any(len(cached.shape) > 1 for cached in layer)]
+        own = [layer for layer in layers if any(len(cached.shape) > 1 for cached in layer)]
+        held = [sum(cached.nbytes for cached in layer) for layer in own]
+        found_tokens = [max(cached.shape[-2] for cached in layer if len(cached.shape) > 1) for layer in own]
+        # A sliding layer also holds the size of its window, in a tensor of one number made before the layers run.
+        sizes = [cached.nbytes for layer in layers if layer not in own for cached in layer]
+        sliding = [number for number, window in enumerate(self._slides) if window is not None]
+        if (len(held), len(sizes)) == (self.depth, len(sliding)):
+            for number, nbytes in zip(sliding, sizes, strict=True):
+                held[number] += nbytes
         return Forecast(
             reading,
-            [max(cached.shape[-2] for cached in layer if len(cached.shape) > 1) for layer in layers],
-            [sum(cached.nbytes for cached in layer) for layer in layers],
+            # Of a prompt longer than its window a layer holds all storage, and looks at the end of it.
+            [min(n, window - 1) if window else n for n, window in zip(found_tokens, self._of(own), strict=True)],
+            held,
             kv_bytes[: len(reading.allocated_bytes)],
         )
+
+    def _of(self, layers: Sequence[object]) -> Sequence[int | None]:
+        """The window of each layer that has a cache, where all have one."""
+        return self._slides if len(self._slides) == len(layers) else [None] * len(layers)
 
     def answering(self, shape: Shape, new_tokens: int) -> Program | None:
         """The program of many shapes that answers for this one, too."""

@@ -51,10 +51,10 @@ AT_ONCE = 64
 
 
 class Run(NamedTuple):
-    """Tokens that one folded token stands for: ``count`` of them from ``first``, alike where it ``repeats``."""
+    """Tokens that one folded token stands for: ``tokens`` of them from ``first``, alike where it ``repeats``."""
 
     first: int
-    count: int = 1
+    tokens: int = 1
     repeats: bool = False
 
 
@@ -204,7 +204,7 @@ def fold(recording: Recording, *, fold_layers: bool, filled: int | None = None) 
         if fold_layers:
             flat.same((token, head + 1), (token, head + 2), growth=False)
     for _, run in repeated:
-        for token in range(run.first + 1, run.first + run.count):
+        for token in range(run.first + 1, run.first + run.tokens):
             for layer in range(depth + 2):
                 flat.same((token - 1, layer), (token, layer), growth=True, even=token - 1 > run.first)
     places = {

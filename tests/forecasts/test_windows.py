@@ -41,7 +41,7 @@ CONFIGS = {
 @pytest.mark.parametrize("kind", CONFIGS)
 def test_windows_are_those_of_the_cache_that_transformers_makes(kind: str) -> None:
     config = getattr(transformers, kind)(**_SIZES, **CONFIGS[kind])
-    model = dataclasses.replace(named()["llama-3.2-1b"], config=config.to_dict())
+    model = dataclasses.replace(named()["llama-3.2-1b"], config=find._numbers(config))
     layers = transformers.DynamicCache(config=config).layers
     expected = tuple(getattr(layer, "sliding_window", None) for layer in layers)
     assert windows_of(model) == expected
@@ -51,7 +51,8 @@ def tiny(family: str) -> Model:
     """A model with a window of 40 tokens in some of its layers, or in all."""
     if family == "gemma3":
         return tiny_card(FAMILIES.load("gemma3")()).but(text=_GEMMA)
-    config = transformers.MistralConfig(**_SIZES, sliding_window=40).to_dict()
+    kind = transformers.MistralConfig(**_SIZES, sliding_window=40)
+    config = {"model_type": "mistral", **find._numbers(kind), "tie_word_embeddings": False}
     return dataclasses.replace(named()["llama-3.2-1b"], name="tiny-text", config=config, dtype="float32")
 
 
