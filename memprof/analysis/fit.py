@@ -5,8 +5,9 @@ from __future__ import annotations
 import dataclasses
 import math
 from bisect import bisect_right
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 from memprof.analysis.predicting import predicting
@@ -14,6 +15,7 @@ from memprof.bench import Bench
 from memprof.bracket import next_value
 from memprof.errors import BadValue, DataError, DoesNotFit
 from memprof.families import Model
+from memprof.forecasts.windows import cached_by_first, windows_of
 from memprof.gpus import Card, calibrated, find_card
 from memprof.prompts import Shape
 from memprof.pruning import METHODS, kept_share, method_name, method_spec
@@ -309,20 +311,31 @@ def _new_tokens(desk: _Desk, gpu_bytes: int, shown: Shown) -> Limit:
     spec, memory = desk.spec, desk.memory(desk.spec.method, shown)
     asked = desk.need(spec.method, shown)
     columns, made = memory.fullest.tokens, spec.max_new_tokens
-    shape = desk.shape(shown)
-    most = desk.model.positions - shape.length
-    grown = memory.kv_bytes_per_layer, memory.kv_tokens_found
-    each = [nbytes / tokens for nbytes, tokens in zip(*grown, strict=True) if tokens]
-    a_token = sum(each) + max(each, default=0) / 2  # while it grows, a layer's keys are there twice
+    shape, pruner, windows = desk.shape(shown), complete_spec(spec).pruner, windows_of(desk.model)
+    most, bound = desk.model.positions - shape.length, f"the model's {desk.model.positions:,} positions"
+    begun = cached_by_first(pruner, shape, desk.model.layers)
+    if (least := min(filter(None, windows), default=0)) and pruner.stages(shape.visual_tokens, desk.model.layers):
+        most, bound = min((most, bound), (least - begun, f"told until a window of {least:,} tokens is full"))
     unused = asked.reserved_bytes - asked.allocated_bytes
     last = columns.peak_allocated_bytes[-1] + unused + desk.context_bytes
     if asked.device_bytes > gpu_bytes:
         return Limit("new tokens", made, None, None, "the prompt alone is too large")
-    more = int((gpu_bytes - last) // a_token)
-    largest = min(most, made + max(0, more))
-    needs = max(asked.device_bytes, round(last + (largest - made) * a_token))
-    note = f"the model's {desk.model.positions:,} positions" if largest == most else ""
-    return Limit("new tokens", made, largest, needs, note or f"extrapolated from {made}")
+    grown = partial(_grown, memory, windows, begun + made - 1)
+    more = bisect_right(range(1, max(0, most - made) + 1), gpu_bytes - last, key=grown)
+    needs = max(asked.device_bytes, last + grown(more))
+    note = f"extrapolated from {made}" + (f", layers with a window until it has {least:,} tokens" if least else "")
+    return Limit("new tokens", made, made + more, needs, bound if made + more == most else note)
+
+
+def _grown(memory: Memory, windows: Sequence[int | None], cached: int, more: int) -> int:
+    """What ``more`` new tokens add where ``cached`` are: a layer with a sliding window grows until it is full."""
+    grown, layers = list[int](), [*zip(memory.kv_bytes_per_layer, memory.kv_tokens_found, strict=True)]
+    if len(layers) != len(windows):  # some have no cache of their own: all are taken to grow
+        windows = [None] * len(layers)
+    for (nbytes, tokens), window in zip(layers, windows, strict=True):
+        adds = more if window is None else max(0, min(cached + more, window) - cached)
+        grown.append(adds * (nbytes // tokens) if tokens else 0)
+    return sum(grown) + max(grown, default=0) // 2  # while it grows, a layer's keys are there twice
 
 
 def _keep(desk: _Desk, gpu_bytes: int, shown: Shown) -> tuple[Limit, ...]:

@@ -21,7 +21,7 @@ from torch import nn
 
 from memprof import scopes
 from memprof.anatomy import anatomy
-from memprof.forecasts.programs import CLASSES, Forecast, Lengths, Programs, beside
+from memprof.forecasts.programs import CLASSES, Filling, Forecast, Lengths, Programs, beside
 from memprof.forks import shared
 from memprof.meters import Meter
 from memprof.meters.sim import SimMeter
@@ -30,7 +30,7 @@ from memprof.pruning import Choice, Pruner
 from memprof.pruning.signals import signal_kind
 from memprof.pruning.view import View, no_projector
 from memprof.pruning.vision import projected
-from memprof.simulator.program import FOLDED_TOKENS, Program, Recording, fold
+from memprof.simulator.program import FOLDED_TOKENS, STEPS_BEFORE, Program, Recording, fold
 from memprof.simulator.reach import Reach
 from memprof.simulator.selection import Passage
 from memprof.simulator.sizes import Irregular
@@ -96,10 +96,12 @@ class Recorder:
         """Make programs for ``shapes`` where there are none; whether anything was recorded for it."""
         distinct = list(dict.fromkeys(shapes))
         before = self._known
+        even, filling = self._told_apart(distinct, new_tokens)
         try:
-            self._cover(distinct, new_tokens, 0)
+            self._cover(even, new_tokens, 0)
             answering = self.programs.answering
-            self._record_alone([shape for shape in distinct if answering(shape, new_tokens) is None], new_tokens)
+            self._record_alone([shape for shape in even if answering(shape, new_tokens) is None], new_tokens)
+            self._record_filling(filling)
         finally:
             self._recordings.clear()
         return self._known > before
@@ -117,6 +119,8 @@ class Recorder:
 
     def _ready_for(self, shape: Shape, new_tokens: int) -> bool:
         """Whether a program answers for the shape, now that its selections are recorded."""
+        if self.programs.filled(shape, new_tokens):
+            return self.programs.answer(shape, new_tokens)
         program = self.programs.of(shape, new_tokens)
         try:
             if program is not None:
@@ -124,6 +128,18 @@ class Recorder:
         except Irregular:
             return False
         return program is not None
+
+    def _told_apart(self, shapes: Iterable[Shape], new_tokens: int) -> tuple[list[Shape], list[Filling]]:
+        """The shapes that few steps tell of, and what tells of those in whose answers a sliding window fills."""
+        even, filling = list[Shape](), list[Filling]()
+        for shape in shapes:
+            filled = self.programs.filled(shape, new_tokens)
+            way = self.programs.filling_of(shape, new_tokens)
+            if way is not None:
+                filling.append(way)
+            if not filled or (way is not None and way.recorded == STEPS_BEFORE):
+                even.append(shape)
+        return even, filling
 
     # -- recording -----------------------------------------------------------------------------------------------------
 
@@ -149,6 +165,20 @@ class Recorder:
             except Irregular:
                 continue
             self.programs.alone[self.programs.lengths(shape, new_tokens)] = program
+
+    def _record_filling(self, ways: Iterable[Filling]) -> None:
+        """A program for each answer in which a window fills."""
+        new = {way.key: way for way in ways if way.key not in self.programs.filling}
+        recordings = iter(self._record([(way.near, tokens) for way in new.values() for tokens in way.points]))
+        for key, way in new.items():
+            program, own = Program(), list(islice(recordings, len(way.points)))
+            try:
+                for tokens, recording in zip(way.points, own, strict=True):
+                    program.add(self.programs.lengths(way.near, tokens), self._fold(recording, way.recorded))
+            except Irregular:
+                self.programs.filling[key] = None
+                continue
+            self.programs.filling[key] = program
 
     def _cover(self, shapes: Sequence[Shape], new_tokens: int, level: int) -> None:
         """Record until a program answers for every shape, told apart by class number ``level``."""
@@ -181,8 +211,8 @@ class Recorder:
         for shape in group:
             self._fill(program, shape)
 
-    def _fold(self, recording: Recording) -> Any:
-        return fold(recording, fold_layers=self._recorded_depth(recording.head_layers) < self._depth)
+    def _fold(self, recording: Recording, filled: int | None = None) -> Any:
+        return fold(recording, fold_layers=self._recorded_depth(recording.head_layers) < self._depth, filled=filled)
 
     def _recorded_depth(self, head: int) -> int:
         return min(head + 3, self._depth) if self._alike else self._depth

@@ -28,7 +28,8 @@ from memprof.environment import package_version
 from memprof.errors import MemprofError
 from memprof.files import cache_folder
 from memprof.forecasts import Ask, Setup
-from memprof.forecasts.programs import Forecast, Programs
+from memprof.forecasts.programs import Forecast, Lengths, Programs
+from memprof.forecasts.windows import windows_of
 from memprof.gpus import calibrated, find_card
 from memprof.pruning import Pruner, method_spec, visual_tokens_per_layer
 from memprof.pruning.signals import signal_kind
@@ -138,7 +139,7 @@ class Book:
             name = name_of(*key)
             own = None if self.folder is None else _read(self.folder / f"{name}.json", setup, pruner)
             shipped = _read(SHIPPED / f"{name}{SUFFIX}", setup, pruner)
-            self._entries[key] = _joined(own, shipped) or Entry(Programs(setup.model.layers, pruner.like))
+            self._entries[key] = _joined(own, shipped) or Entry(_nothing(setup, pruner))
         return self._entries[key]
 
     def write(self, setup: Setup, manner: str, entry: Entry) -> None:
@@ -149,17 +150,21 @@ class Book:
             return
         try:
             with _alone(file):
-                programs, shared, alone = entry.programs, entry.programs.shared, entry.programs.alone
+                programs = entry.programs
+                shared, alone, filling = programs.shared, programs.alone, programs.filling
                 if (there := _read(file, setup, pruner)) is not None:
                     shared = {**there.programs.shared, **shared}
                     alone = {**there.programs.alone, **alone}
+                    filling = {**there.programs.filling, **filling}
                     programs.selections.join(there.programs.selections)
                 body = {
                     "schema": SCHEMA, "depends": depends(setup, pruner, manner), **vars(entry.resident),
                     "programs": [[key, None if one is None else one.to_json()] for key, one in shared.items()],
-                    "alone": [[key, one.to_json()] for key, one in alone.items() if one is not None][-MOST_ALONE:],
+                    "alone": _latest(alone),
                     "selections": [one.to_json() for one in programs.selections.known],
                 }  # fmt: skip
+                if filling:
+                    body["filling"] = _latest(filling)
                 text = json.dumps(body, default=str)
                 files.replace(file, f'{text[:-1]}{_SEAL}{_checksum(text)}"}}')
         except (OSError, MemprofError):
@@ -174,6 +179,11 @@ def _alone(file: Path) -> Iterator[None]:
         yield
 
 
+def _latest(programs: Mapping[Lengths, Program | None]) -> list[Any]:
+    """The latest of programs that answer for one prompt each, as plain data."""
+    return [[key, one.to_json()] for key, one in programs.items() if one is not None][-MOST_ALONE:]
+
+
 def _frozen(key: Any) -> Any:
     """A key as it was before it was written: lists are tuples again, at every depth."""
     return tuple(map(_frozen, key)) if isinstance(key, list) else key
@@ -181,6 +191,11 @@ def _frozen(key: Any) -> Any:
 
 def _checksum(text: str) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
+
+
+def _nothing(setup: Setup, pruner: Pruner) -> Programs:
+    """No programs yet."""
+    return Programs(setup.model.layers, pruner.like, windows_of(setup.model))
 
 
 def _read(file: Path, setup: Setup, pruner: Pruner) -> Entry | None:
@@ -194,10 +209,11 @@ def _read(file: Path, setup: Setup, pruner: Pruner) -> Entry | None:
         data = files.parse_json(body, str(file))
         if data["schema"] != SCHEMA:
             return None
-        programs = Programs(setup.model.layers, pruner.like)
+        programs = _nothing(setup, pruner)
         for key, program in data["programs"]:
             programs.shared[_frozen(key)] = None if program is None else Program.from_json(program)
         programs.alone = {_frozen(key): Program.from_json(program) for key, program in data["alone"]}
+        programs.filling = {_frozen(key): Program.from_json(program) for key, program in data.get("filling", ())}
         programs.selections.known = [Selection.from_json(one) for one in data["selections"]]
         weights = tuple((str(name), int(n), str(group)) for name, n, group in data["weights"])
         return Entry(programs, Resident(weights, bool(data["biased"]), str(data["attention"])))
@@ -214,6 +230,7 @@ def _joined(own: Entry | None, shipped: Entry | None) -> Entry | None:
         if key not in mine.shared or _seen(program) > _seen(mine.shared[key]):
             mine.shared[key] = program
     mine.alone = {**theirs.alone, **mine.alone}
+    mine.filling = {**theirs.filling, **mine.filling}
     mine.selections.join(theirs.selections)
     return own
 

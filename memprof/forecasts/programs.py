@@ -8,14 +8,16 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, TypeAlias
 
+from memprof.forecasts.windows import cached_by_first
 from memprof.prompts import Shape
 from memprof.pruning import Pruner, Stage
 from memprof.pruning.signals import signal_kind
 from memprof.simulator.allocator import CachingAllocator
-from memprof.simulator.program import FOLDED_TOKENS, Program, Unfolded
+from memprof.simulator.filling import Told, joined
+from memprof.simulator.program import FOLDED_TOKENS, STEPS_BEFORE, Program, Unfolded
 from memprof.simulator.replay import Reading, read_stretches
 from memprof.simulator.selection import Counts, Passage, Selections
 from memprof.simulator.sizes import Irregular
@@ -48,23 +50,54 @@ class Forecast:
     kv_bytes: list[int]
 
 
+@dataclasses.dataclass(frozen=True)
+class Filling:
+    """How to tell of an answer in which a window fills.
+
+    Attributes:
+        near: The prompt to record: as the one asked about, with text until the window is near.
+        step: The step of the answer in which it fills.
+        recorded: The step of the recording.
+        tokens: The new tokens of ``near`` that are as many in all as those asked about.
+        points: New tokens of each recording.
+        key: What finds the program.
+    """
+
+    near: Shape
+    step: int
+    recorded: int
+    tokens: int
+    points: tuple[int, ...]
+    key: Lengths
+
+    @property
+    def ahead(self) -> int:
+        """How many tokens longer the recorded prompt is."""
+        return self.step - self.recorded
+
+
 class Programs:
     """What was recorded of one model under one method and stack.
 
     Args:
         depth: Decoder layers of the model.
         pruner: The method.
+        windows: Of each decoder layer the sliding window, or None (:func:`~memprof.forecasts.windows.windows_of`).
 
     Attributes:
         shared: Programs of many shapes, by :meth:`key`; None where recordings did not agree.
         alone: Programs of one shape each, by its lengths.
+        filling: Programs in which a window fills, by :attr:`Filling.key` (:mod:`memprof.simulator.filling`).
         selections: What fills the gaps of all of them.
     """
 
-    def __init__(self, depth: int, pruner: Pruner) -> None:
+    def __init__(self, depth: int, pruner: Pruner, windows: Sequence[int | None] = ()) -> None:
         self.depth, self.pruner = depth, pruner
+        self._slides = tuple(windows)
+        self.windows = tuple(sorted({window for window in windows if window is not None}))
         self.shared: dict[tuple[Any, ...], Program | None] = {}
         self.alone: dict[Lengths, Program | None] = {}
+        self.filling: dict[Lengths, Program | None] = {}
         self.selections = Selections()
         self._unfolded: dict[tuple[Any, ...], Unfolded] = {}
 
@@ -86,11 +119,16 @@ class Programs:
 
     def answer(self, shape: Shape, new_tokens: int) -> bool:
         """Whether all is there to answer for a shape."""
+        if self.filled(shape, new_tokens):
+            return self._joined(shape, new_tokens) is not None
         program = self.of(shape, new_tokens)
         return program is not None and not self.wanted(program, shape)
 
     def unfolded(self, shape: Shape, new_tokens: int) -> tuple[Unfolded, list[Passage]] | None:
         """The program of one shape, written out, and what fills its gaps; None where none answers for it."""
+        if self.filled(shape, new_tokens):
+            joined = self._joined(shape, new_tokens)
+            return None if joined is None else (joined, [])
         program = self.of(shape, new_tokens)
         if program is None:
             return None
@@ -114,15 +152,26 @@ class Programs:
             reading = read_stretches(lambda: unfolded.stretches(lengths, passages), start, known)
         except Irregular:
             return None
-        # A sliding layer also holds the size of its window, in a tensor of one number.
-        layers = [[cached for cached in layer if len(cached.shape) > 1] for layer in layers]
-        layers = [layer for layer in layers if layer]
+        own = [layer for layer in layers if any(len(cached.shape) > 1 for cached in layer)]
+        held = [sum(cached.nbytes for cached in layer) for layer in own]
+        found_tokens = [max(cached.shape[-2] for cached in layer if len(cached.shape) > 1) for layer in own]
+        # A sliding layer also holds the size of its window, in a tensor of one number made before the layers run.
+        sizes = [cached.nbytes for layer in layers if layer not in own for cached in layer]
+        sliding = [number for number, window in enumerate(self._slides) if window is not None]
+        if (len(held), len(sizes)) == (self.depth, len(sliding)):
+            for number, nbytes in zip(sliding, sizes, strict=True):
+                held[number] += nbytes
         return Forecast(
             reading,
-            [max(cached.shape[-2] for cached in layer) for layer in layers],
-            [sum(cached.nbytes for cached in layer) for layer in layers],
+            # Of a prompt longer than its window a layer holds all storage, and looks at the end of it.
+            [min(n, window - 1) if window else n for n, window in zip(found_tokens, self._of(own), strict=True)],
+            held,
             kv_bytes[: len(reading.allocated_bytes)],
         )
+
+    def _of(self, layers: Sequence[object]) -> Sequence[int | None]:
+        """The window of each layer that has a cache, where all have one."""
+        return self._slides if len(self._slides) == len(layers) else [None] * len(layers)
 
     def answering(self, shape: Shape, new_tokens: int) -> Program | None:
         """The program of many shapes that answers for this one, too."""
@@ -142,6 +191,48 @@ class Programs:
             found.append((left, stage.kept, stage.merged, *others))
             left = stage.tokens
         return found
+
+    # -- windows -------------------------------------------------------------------------------------------------------
+
+    def filled(self, shape: Shape, new_tokens: int) -> list[int]:
+        """The steps of an answer in which sliding windows fill; none where all are full before, or are never.
+
+        Behind a cut each layer's window fills in a step of its own, and may do so after the prompt has filled others.
+        """
+        begin = cached_by_first(self.pruner, shape, self.depth)
+        if self.stages(shape):
+            return [max(0, window - begin) for window in self.windows if window < shape.length + new_tokens]
+        return [window - begin for window in self.windows if 1 <= window - begin < new_tokens]
+
+    def filling_of(self, shape: Shape, new_tokens: int) -> Filling | None:
+        """How to tell of an answer in which one window fills; None where nothing tells: it is to be traced."""
+        steps = self.filled(shape, new_tokens)
+        if len(steps) != 1 or self.stages(shape):
+            return None
+        step, behind = min(steps[0], STEPS_BEFORE), new_tokens - steps[0]
+        near, folds = shape.longer(steps[0] - step), behind > FOLDED_TOKENS + 1
+        points = [step + FOLDED_TOKENS + i for i in range(2)] if folds else [step + behind]
+        key = *self.lengths(near, step)[:-1], step, 0 if folds else behind
+        return Filling(near, steps[0], step, step + behind, tuple(points), key)
+
+    def _joined(self, shape: Shape, new_tokens: int) -> Unfolded | None:
+        """The program of a shape whose answer fills a window, written out; None where there is none."""
+        way = self.filling_of(shape, new_tokens)
+        near = None if way is None else self.filling.get(way.key)
+        if way is None or near is None:
+            return None
+        if way.ahead == 0 and way.recorded < STEPS_BEFORE:
+            told = Told(near.sizes.at(self.lengths(shape, new_tokens)))
+            assert near.structure is not None
+            return Unfolded(told, near.structure, self.depth, new_tokens, (), filled=way.step)
+        own = self.of(shape, new_tokens)
+        try:
+            return None if own is None else joined(
+                own, self.lengths(shape, new_tokens), near, self.lengths(way.near, way.tokens),
+                ahead=way.ahead, depth=self.depth, tokens=new_tokens, filled=way.step,
+            )  # fmt: skip
+        except Irregular:
+            return None
 
     # -- names ---------------------------------------------------------------------------------------------------------
 
@@ -165,7 +256,8 @@ class Programs:
         steps = 0 if new_tokens > FOLDED_TOKENS + 1 else new_tokens
         cuts = (number for stage in self.stages(shape) for number in (stage.layer, bool(stage.merged)))
         kinds = tuple(image.kind for image in shape.images)
-        return level, CLASSES[level](shape), shape.batch > 1, kinds, steps, *cuts
+        full = tuple(f"beyond {window}" for window in self.windows if window <= shape.length)
+        return level, CLASSES[level](shape), shape.batch > 1, kinds, steps, *cuts, *full
 
 
 def beside(shape: Shape) -> dict[str, int]:

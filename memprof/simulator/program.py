@@ -22,6 +22,7 @@ Where it sees nothing but the visual tokens themselves, it is recorded by itself
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -34,17 +35,53 @@ from memprof.simulator.reach import Reach
 from memprof.simulator.replay import Stretch, Timeline
 from memprof.simulator.rules import RULES
 from memprof.simulator.selection import Course, Passage
-from memprof.simulator.sizes import AXES, Ints, Irregular, Sizes, Slot, row_of, slot_of
+from memprof.simulator.sizes import AXES, Ints, Irregular, Sizes, Slot, Table, row_of, slot_of
 from memprof.simulator.trace import ITEM_BYTES, Trace
 
 #: Steps at the start that are kept as they are: the prefill, and the first decode step, which still frees its things.
 HEAD_TOKENS = 2
 #: Fewest tokens of a recording whose steps are folded: the head, two steps to compare, and the last one.
 FOLDED_TOKENS = HEAD_TOKENS + 3
+#: Fewest tokens before a window fills that are folded. Recordings of fewer than so many tokens know nothing of it.
+STEPS_BEFORE = FOLDED_TOKENS + 1
 #: The step of a tensor that no step repeats.
 _APART = -(2**40)
 #: Tokens that are written out at once. What a prompt takes of this machine's memory does not grow beyond them.
 AT_ONCE = 64
+
+
+class Run(NamedTuple):
+    """Tokens that one folded token stands for: ``tokens`` of them from ``first``, alike where it ``repeats``."""
+
+    first: int
+    tokens: int = 1
+    repeats: bool = False
+
+
+def runs_of(tokens: int, filled: int | None = None) -> list[Run]:
+    """How an answer of ``tokens`` folds: the head, the steps that repeat, and the last.
+
+    ``filled`` is the step in which a sliding window fills, and layers cease to grow: the steps before it repeat (where
+    there are :data:`STEPS_BEFORE` tokens or more), it and the next stand for themselves, and those behind repeat again.
+    """
+    if filled is None:
+        runs, behind = _singles(0, min(HEAD_TOKENS, tokens)), HEAD_TOKENS
+        folds = tokens >= FOLDED_TOKENS
+    else:
+        runs, behind = _singles(0, min(filled, HEAD_TOKENS)), filled + HEAD_TOKENS
+        if filled >= STEPS_BEFORE:
+            runs.append(Run(HEAD_TOKENS, filled - HEAD_TOKENS, repeats=True))
+        else:
+            runs += _singles(HEAD_TOKENS, filled)
+        runs += _singles(filled, min(behind, tokens))
+        folds = tokens - filled >= FOLDED_TOKENS
+    if not folds:
+        return runs + _singles(behind, tokens)
+    return [*runs, Run(behind, tokens - 1 - behind, repeats=True), Run(tokens - 1)]
+
+
+def _singles(first: int, stop: int) -> list[Run]:
+    return [Run(token) for token in range(first, stop)]
 
 
 class Ref(NamedTuple):
@@ -92,7 +129,8 @@ class Structure:
     """All of a program that no length moves.
 
     Attributes:
-        tokens: Tokens of the folded recording: ``HEAD_TOKENS + 2`` where steps are folded (head, a step, the last).
+        tokens: Tokens of the folded recording, one for each of its runs (:func:`runs_of`): ``HEAD_TOKENS + 2`` where
+            steps are folded (head, a step, the last), more where a window fills.
         folded_tokens, folded_layers: Whether steps and layers repeat.
         depth: Layers of the folded recording.
         head_layers: See :class:`Recording`.
@@ -143,11 +181,12 @@ class Folded(NamedTuple):
 # -- folding -----------------------------------------------------------------------------------------------------------
 
 
-def fold(recording: Recording, *, fold_layers: bool) -> Folded:
+def fold(recording: Recording, *, fold_layers: bool, filled: int | None = None) -> Folded:
     """Find the repetition in a recording.
 
     Args:
         recording: A direct trace. With :data:`FOLDED_TOKENS` tokens or more its steps are folded.
+        filled: The step in which a sliding window fills (:func:`runs_of`), or None.
         fold_layers: Whether it is of a model with fewer layers, to be unfolded to a deeper one: then its layers are
             ``head_layers``, two that must be alike, and the last.
 
@@ -156,22 +195,23 @@ def fold(recording: Recording, *, fold_layers: bool) -> Folded:
     """
     flat = _Flat(recording, fold_layers)
     tokens, depth, head = len(recording.trace.marks), flat.depth, recording.head_layers
-    fold_tokens = tokens >= FOLDED_TOKENS
-    kept_tokens = [*range(HEAD_TOKENS + 1), tokens - 1] if fold_tokens else list(range(tokens))
+    runs = runs_of(tokens, filled)
+    repeated = [(number, run) for number, run in enumerate(runs) if run.repeats]
     if fold_layers and depth != head + 3:
         raise Irregular(f"{depth} layers do not fold with {head} at the head")
     kept_layers = [*range(head + 2), depth, depth + 1] if fold_layers else list(range(depth + 2))
     for token in range(tokens):
         if fold_layers:
             flat.same((token, head + 1), (token, head + 2), growth=False)
-        if fold_tokens and HEAD_TOKENS < token < tokens - 1:
+    for _, run in repeated:
+        for token in range(run.first + 1, run.first + run.tokens):
             for layer in range(depth + 2):
-                flat.same((token - 1, layer), (token, layer), growth=True)
+                flat.same((token - 1, layer), (token, layer), growth=True, even=token - 1 > run.first)
     places = {
-        (t, layer): (token, source) for t, token in enumerate(kept_tokens) for layer, source in enumerate(kept_layers)
+        (t, layer): (run.first, source) for t, run in enumerate(runs) for layer, source in enumerate(kept_layers)
     }
     structure = Structure(
-        tokens=len(kept_tokens), folded_tokens=fold_tokens, folded_layers=fold_layers,
+        tokens=len(runs), folded_tokens=bool(repeated), folded_layers=fold_layers,
         depth=len(kept_layers) - 2, head_layers=head,
         steps={place: tuple(flat.steps[source]) for place, source in places.items()},
         slots={place: tuple(flat.slot(s) for s in flat.births[source]) for place, source in places.items()},
@@ -186,10 +226,10 @@ def fold(recording: Recording, *, fold_layers: bool) -> Folded:
     rows = [s for source in places.values() for s in flat.births[source]]
     dims = np.array([flat.dims(s) for s in rows], dtype=np.int64).reshape(-1, AXES)
     growth = np.zeros_like(dims)
-    if fold_tokens:
+    for number, run in repeated:
         for layer, source in enumerate(kept_layers):
-            row = structure.first_row[HEAD_TOKENS, layer]
-            now, then = (flat.births[token, source] for token in (HEAD_TOKENS, HEAD_TOKENS + 1))
+            row = structure.first_row[number, layer]
+            now, then = (flat.births[token, source] for token in (run.first, run.first + 1))
             for i, (a, b) in enumerate(zip(now, then, strict=True)):
                 growth[row + i] = flat.dims(b) - flat.dims(a)
     return Folded(structure, dims, growth)
@@ -273,8 +313,11 @@ class _Flat:
         """What a tensor is, whatever its size."""
         return slot_of(self.trace, slot)
 
-    def same(self, one: Place, other: Place, *, growth: bool) -> None:
-        """Whether two segments are alike; raises Irregular if not. With ``growth``, shapes grow as a step before."""
+    def same(self, one: Place, other: Place, *, growth: bool, even: bool = False) -> None:
+        """Whether two segments are alike; raises Irregular if not.
+
+        With ``growth`` shapes may differ; where ``even``, as much as from the step before.
+        """
         if self.steps[one] != self.steps[other]:
             raise Irregular(f"segments {one} and {other} differ")
         for a, b in zip(self.births[one], self.births[other], strict=True):
@@ -285,7 +328,7 @@ class _Flat:
             elif self.slot(a) != self.slot(b):
                 raise Irregular(f"tensors of {one} and {other} differ")
         before = (one[0] - 1, one[1])
-        if growth and one[0] > HEAD_TOKENS:
+        if even:
             for z, a, b in zip(self.births[before], self.births[one], self.births[other], strict=True):
                 if (self.dims(b) - self.dims(a) != self.dims(a) - self.dims(z)).any():
                     raise Irregular(f"shapes do not grow evenly up to {other}")
@@ -333,13 +376,17 @@ class Program:
             raise Irregular("two recordings have different events")
         self.sizes.add(lengths, np.stack((folded.dims, folded.growth)))
 
-    def unfold(self, depth: int, tokens: int, courses: Sequence[Course] = (), at_once: int | None = None) -> Unfolded:
+    def unfold(
+        self, depth: int, tokens: int, courses: Sequence[Course] = (), at_once: int | None = None,
+        filled: int | None = None,
+    ) -> Unfolded:
         """The program written out for ``depth`` layers and ``tokens`` new tokens.
 
-        ``courses``: what happens in each gap; ``at_once`` tokens make a stretch (:data:`AT_ONCE`).
+        ``courses``: what happens in each gap; ``at_once`` tokens make a stretch (:data:`AT_ONCE`); ``filled``: the step
+        in which a sliding window fills.
         """
         assert self.structure is not None
-        return Unfolded(self.sizes, self.structure, depth, tokens, courses, at_once or AT_ONCE)
+        return Unfolded(self.sizes, self.structure, depth, tokens, courses, at_once, filled)
 
     # -- on disk -------------------------------------------------------------------------------------------------------
 
@@ -409,10 +456,12 @@ class Unfolded:
     _MOST = 8
 
     def __init__(
-        self, sizes: Sizes, structure: Structure, depth: int, tokens: int, courses: Sequence[Course], at_once: int
+        self, sizes: Table, structure: Structure, depth: int, tokens: int, courses: Sequence[Course],
+        at_once: int | None = None, filled: int | None = None,
     ) -> None:
         self.sizes, self.structure, self.courses = sizes, structure, courses
-        self.depth, self.tokens, self._at_once = depth, tokens, at_once
+        self.depth, self.tokens, self._at_once = depth, tokens, at_once or AT_ONCE
+        self.runs = runs_of(tokens, filled) if structure.folded_tokens else _singles(0, tokens)
         self._kept: dict[tuple[int, int, tuple[Name, ...]], _Written] = {}
 
     def trace(self, lengths: Sequence[int], passages: Sequence[Passage] = ()) -> Trace:
@@ -445,13 +494,18 @@ class Unfolded:
                     layers.setdefault(module, []).append(Cached(shapes(i), int(nbytes[i])))
         return list(layers.values()), totals
 
+    def run(self, token: int) -> int:
+        """Number of the run that ``token`` is of: the folded token that stands for it."""
+        return bisect_right(self.runs, token, key=lambda run: run.first) - 1
+
     def _stretches(self) -> Iterator[tuple[int, _Written]]:
         """Each stretch with its first token."""
         before: _Written | None = None
         for begin in range(0, self.tokens, self._at_once):
             stop = min(begin + self._at_once, self.tokens)
-            inside = begin > HEAD_TOKENS and stop < self.tokens
-            key = (-1 if inside else begin, stop - begin, before.left if before is not None else ())
+            run = self.run(begin)
+            inside = self.runs[run].repeats and begin > self.runs[run].first and self.run(stop - 1) == run
+            key = (~run if inside else begin, stop - begin, before.left if before is not None else ())
             if key not in self._kept:
                 if len(self._kept) >= self._MOST:
                     self._kept.clear()
@@ -480,7 +534,9 @@ class _Written:
         self._whole, self._structure, self._begin = whole, whole.structure, begin
         self.order = Trace()
         self._rows: list[int] = []  # row of the folded tables each slot's shape is in; ~i for number i of _fixed
-        self._steps: list[int] = []  # token, counted from the first one here, of a step that repeats; else _APART
+        # Token, counted from the first one here and as if its run began where the head ends, of a step that repeats;
+        # else _APART.
+        self._steps: list[int] = []
         self._fixed: list[tuple[int, int]] = []  # gap, and number in it, of the selections' tensors
         self._slots: dict[Name, int] = {}  # what is held, by birth
         if before is not None:
@@ -553,7 +609,8 @@ class _Written:
             self._slots[name] = order.held
             self._rows.append(before._rows[slot])
             # Shifted as its name is; one that no step repeats stays as it is.
-            self._steps.append(_APART if before._steps[slot] == _APART else name.token)
+            step = before._steps[slot]
+            self._steps.append(_APART if step == _APART else step - len(was.marks))
             order.parts.append(was.parts[slot])
             order.sites.append(was.sites[slot])
             order.dtypes.append(was.dtypes[slot])
@@ -567,10 +624,12 @@ class _Written:
         for folded, at, name in self._structure.phases:
             phases.setdefault((folded, at), []).append(name)
         for token in range(self._begin, stop):
-            folded_token, repeated = self._folded_token(token)
+            folded_token = self._whole.run(token)
+            first, _, repeats = self._whole.runs[folded_token]
+            step = HEAD_TOKENS + token - first - self._begin if repeats else _APART
             for layer in range(self._whole.depth + 2):
                 place = folded_token, self._folded_layer(layer)
-                self._segment(place, token, layer, repeated, {} if repeated and token > HEAD_TOKENS else phases)
+                self._segment(place, token, layer, step, {} if repeats and token > first else phases)
                 joints.append(len(order.events))
             order.mark()
         return joints
@@ -580,11 +639,10 @@ class _Written:
         return Name(later, token - self._begin if later else token, layer, birth)
 
     def _segment(
-        self, place: Place, token: int, layer: int, repeated: bool, phases: Mapping[tuple[Place, int], list[str]]
+        self, place: Place, token: int, layer: int, step_number: int, phases: Mapping[tuple[Place, int], list[str]]
     ) -> None:
         order, structure, depth = self.order, self._structure, self._whole.depth
         kinds, row, steps = structure.slots[place], structure.first_row[place], structure.steps[place]
-        step_number = token - self._begin if repeated else _APART
         at = births = 0
         while at < len(steps):
             for name in phases.get((place, at), ()):
@@ -645,13 +703,6 @@ class _Written:
                 self._steps.append(_APART)
                 self._fixed.append((gap, event))
         return survivors
-
-    def _folded_token(self, token: int) -> tuple[int, bool]:
-        """The folded token that stands for ``token``, and whether as a step that repeats."""
-        s = self._structure
-        if not s.folded_tokens or token < HEAD_TOKENS:
-            return token, False
-        return (s.tokens - 1, False) if token == self._whole.tokens - 1 else (HEAD_TOKENS, True)
 
     def _folded_layer(self, layer: int) -> int:
         """The folded layer that stands for ``layer`` (0: before the layers, depth + 1: behind them)."""

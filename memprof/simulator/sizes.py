@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from fractions import Fraction
 from math import lcm
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -48,6 +48,13 @@ def row_of(trace: Trace, slot: int) -> Ints:
         raise Irregular(f"a tensor has {len(shape)} axes")
     own = [] if slot_of(trace, slot).plain else [trace.nbytes[slot]]
     return np.array([*shape, *own] + [1] * AXES, dtype=np.int64)[:AXES]
+
+
+class Table(Protocol):
+    """What says how large a program's tensors are at some lengths."""
+
+    def at(self, lengths: Sequence[int]) -> Ints:
+        """The table of a point."""
 
 
 class Sizes:

@@ -10,7 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from memprof.simulator.allocator import AllocatorSettings, CachingAllocator
-from memprof.simulator.program import FOLDED_TOKENS, Program, Recording, fold
+from memprof.simulator.filling import joined
+from memprof.simulator.program import FOLDED_TOKENS, STEPS_BEFORE, Program, Recording, Unfolded, fold
 from memprof.simulator.reach import Reach, Span
 from memprof.simulator.replay import read_cuda, read_stretches
 from memprof.simulator.selection import Passage
@@ -20,11 +21,14 @@ from memprof.units import MIB
 
 
 def made_up(
-    tokens: int, layers: int, n: int, *, odd_token: int = -1, odd_layer: int = -1, wide: int = 8, leaks: bool = False
+    tokens: int, layers: int, n: int, *, odd_token: int = -1, odd_layer: int = -1, wide: int = 8, leaks: bool = False,
+    window: int | None = None, by_prompt: int = 0,
 ) -> Recording:
     """A model by hand: each layer replaces its cache and the hidden state; the head makes scores of all positions.
 
     A position takes ``wide`` numbers of a layer's cache; where it ``leaks``, something of every token is never freed.
+    A cache has up to ``window`` positions, and from there on a mask is made. A step takes ``by_prompt`` bytes for each
+    token of the prompt.
     """
     trace, entered = Trace(), list[list[int]]()
     trace.phase("prefill")
@@ -35,6 +39,11 @@ def made_up(
         rows, length = (n, n) if not token else (1, n + token)
         hidden = trace.birth(rows * 8, "other", ("", "embed"), (rows, 4), "bfloat16")
         entered.append([])
+        if window is not None and length >= window:
+            trace.death(trace.birth(length, "other", ("", "mask"), (length,), "uint8"))
+            length = window
+        if by_prompt:
+            trace.death(trace.birth(by_prompt * n, "other", ("", "prompt"), (by_prompt * n,), "uint8"))
         for layer in range(layers):
             entered[-1].append(len(trace.events))
             name = f"model.layers.{layer}"
@@ -97,6 +106,38 @@ def test_stretches_are_read_as_the_whole_is(at_once: int, conf: str, leaks: bool
         refused.append(ours.refused is not None)
     assert refused[0] is False
     assert refused[-1] is True
+
+
+def filled(n: int, tokens: int, window: int, **kind: Any) -> Unfolded:
+    """The program of an answer in which a window fills: from a prompt shortly before it, and one far from it."""
+    step, behind = window - n, tokens - (window - n)
+    ahead, near = max(0, step - STEPS_BEFORE), Program()
+    for more in (FOLDED_TOKENS, FOLDED_TOKENS + 1) if behind > FOLDED_TOKENS + 1 else (behind,):
+        recording = made_up(step - ahead + more, 5, n + ahead, window=window, **kind)
+        near.add((n + ahead, step - ahead + more), fold(recording, fold_layers=True, filled=step - ahead))
+    if step < STEPS_BEFORE:
+        return near.unfold(9, tokens, filled=step)
+    own, lengths = program((n, 5), (n, 6), **kind), (n, tokens)
+    return joined(own, lengths, near, (n + ahead, tokens - ahead), ahead=ahead, depth=9, tokens=tokens, filled=step)
+
+
+@pytest.mark.parametrize("step", [1, 2, 3, 5, 6, 7, 20, 31])
+@pytest.mark.parametrize("behind", [1, 2, 4, 5, 6, 7, 8, 40])
+@pytest.mark.parametrize("at_once", [4, 64])
+def test_a_window_that_fills_in_an_answer(
+    step: int, behind: int, at_once: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("memprof.simulator.program.AT_ONCE", at_once)
+    n, tokens, kind = 50 - step, step + behind, {"wide": 8_192}
+    real = read_cuda(made_up(tokens, 9, n, window=50, **kind).trace, CachingAllocator())
+    ours, own = filled(n, tokens, 50, **kind), (n, tokens)
+    assert read_stretches(lambda: ours.stretches(own), CachingAllocator()) == real
+    assert ours.caches(own)[1] == [9 * 2 * 8_192 * min(50, n + token) for token in range(tokens)]
+
+
+def test_steps_that_know_the_prompt_are_not_told_by_a_longer_one() -> None:
+    with pytest.raises(Irregular, match="not what the number of its tokens says"):
+        filled(20, 60, 50, by_prompt=3)
 
 
 def test_memory_does_not_grow_with_tokens() -> None:
