@@ -201,20 +201,19 @@ def run(
     )
     folder = RunFolder.open(path, record, resume=resume, force=force, retry_failed=retry_failed)
     todo = [sample for sample in samples if sample.id not in folder.done]
-    # Before the folder is touched: a model that cannot be built costs no run and leaves none.
+    # Before the folder is touched: a model that cannot be built, or run, costs no run and leaves none.
     standing = bench.standing(asked.pruner, spec.stack) if todo else None
-    with folder:
+    with bench.ahead(_asks(asked, todo)) if todo else nullcontext(), folder:
         folder.record.samples_asked = len(samples)
         if standing is not None:
             _begin(folder, bench, asked, samples, standing)
-        with bench.ahead(_asks(asked, todo)) if todo else nullcontext():
-            for sample in todo:
-                if isinstance(sample, Sample):
-                    folder.append(_profile_sample(bench, asked, sample, judge))
-                else:
-                    folder.append(sample)
-                if progress is not None:
-                    progress(folder.run(), len(samples))
+        for sample in todo:
+            if isinstance(sample, Sample):
+                folder.append(_profile_sample(bench, asked, sample, judge))
+            else:
+                folder.append(sample)
+            if progress is not None:
+                progress(folder.run(), len(samples))
         folder.arrange(sample.id for sample in samples)
         if todo:
             _note(folder, bench.notes())

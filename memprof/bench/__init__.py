@@ -29,6 +29,7 @@ from memprof.forecasts.programs import Programs
 from memprof.forks import forked
 from memprof.meters import METERS, Meter, parts_of, static_parts
 from memprof.meters.sim import SimMeter
+from memprof.models.faults import CORRECT, runs
 from memprof.models.tokenizer import load_tokenizer
 from memprof.prompts import Image, Prompt, Shape
 from memprof.pruning import Pruner
@@ -254,6 +255,8 @@ class Bench:
         model, meter = built or self.ready()
         prompt = self.written(ask)
         with ExitStack() as entered:
+            if self.predicts:
+                entered.enter_context(runs(f"{self.model.title}'s configuration", CORRECT))
             for around in ask.around:
                 entered.enter_context(around.enter(model))
             return profile_prompt(model, meter, ask.pruner, ask.stack, prompt, new_tokens=ask.new_tokens, seed=ask.seed)

@@ -161,6 +161,8 @@ class Family:
     #: of many takes long, as a model goes through each in steps of its own, or looks at their numbers.
     searched_images: ClassVar[int] = 128
     searched_prompts: ClassVar[int] = 256
+    #: Types of vision towers whose tokens it counts, beside the one that transformers has where none is named.
+    towers: ClassVar[tuple[str, ...]] = ()
     #: Whether its models take images.
     sees: ClassVar[bool] = True
     #: Transformers' class that builds them.

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
@@ -31,6 +31,16 @@ class Gemma3(Family):
     # and newlines behind it, then <end_of_turn>, newline, <start_of_turn>, "model", newline. Between two images stand
     # <end_of_image>, newlines, <start_of_image>.
     template = (5, 3, 7)
+
+    def of_processor(self, raw: Mapping[str, Any]) -> dict[str, Any]:
+        """Nothing: an image is one square view.
+
+        Raises:
+            ValueError: Its processor pans and scans.
+        """
+        if raw.get("do_pan_and_scan"):
+            raise ValueError("its processor has do_pan_and_scan=true, and memprof knows one view an image: turn it off")
+        return {}
 
     def side(self, model: Model) -> int:
         """Visual tokens along one edge: 16."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from memprof.families import Model, _pieces
@@ -10,6 +10,8 @@ from memprof.families._anyres import AnyRes
 from memprof.families._chat import Chat
 
 if TYPE_CHECKING:
+    from transformers import PreTrainedConfig
+
     from memprof.families._chat import Part
 
 
@@ -27,6 +29,18 @@ class LlavaOnevision(AnyRes):
     # <|im_start|>, "user", a space or newline stand before the image; a newline, <|im_end|>, newline, <|im_start|>,
     # "assistant", newline behind it. Between two images stands nothing but a space or newline.
     template = (3, 1, 6)
+
+    def read(self, raw: Mapping[str, Any], special: Mapping[str, int]) -> PreTrainedConfig:
+        """As transformers has it.
+
+        Raises:
+            ValueError: Its ``vision_aspect_ratio`` names no largest number of tiles, without which transformers fails.
+        """
+        config = super().read(raw, special)
+        said = str(config.vision_aspect_ratio)
+        if not said.removeprefix("anyres_max_").isdecimal():
+            raise ValueError(f"vision_aspect_ratio is {said!r}, and transformers runs anyres_max_9 and the like alone")
+        return config
 
     def most_tokens(self, model: Model) -> float:
         """``anyres_max_9``: the tokens of nine tiles."""

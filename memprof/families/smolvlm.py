@@ -26,6 +26,8 @@ if TYPE_CHECKING:
 
 #: Views along the longest edge of an image (``size`` of the published preprocessors is four of ``max_image_size``).
 _ACROSS = 4
+#: Edge of a view that a ``preprocessor_config.json`` means which does not say; transformers' own.
+_UNSAID = 364
 #: No image is made larger than this on its way (``MAX_IMAGE_SIZE``).
 _LARGEST = 4096
 
@@ -42,22 +44,50 @@ class SmolVLM(Family):
     # <end_of_utterance>, newline, "Assistant", ":" behind it. Between two images stand one such and two such.
     template = (5, 3, 5)
 
+    def of_processor(self, raw: Mapping[str, Any]) -> dict[str, Any]:
+        """The longest edge an image is resized to, the edge of a view, and whether an image is split.
+
+        Raises:
+            ValueError: Images are resized another way.
+        """
+        if not raw:
+            return {}
+        if raw.get("do_resize") is False:
+            raise ValueError("its processor has do_resize=false, and memprof knows images that are resized alone")
+        size, view = _edge(raw, "size", _ACROSS * _UNSAID), _edge(raw, "max_image_size", _UNSAID)
+        split = bool(raw.get("do_image_splitting", True))
+        return {"longest_edge": size, "view_edge": view, "do_image_splitting": split}
+
     def max_tiles(self, raw: Mapping[str, Any]) -> int:
         """Views of the largest image, the whole one not counted."""
-        del raw
-        return _ACROSS**2
+        if not raw.get("do_image_splitting", True):
+            return 1
+        across = math.ceil(min(raw["longest_edge"], _LARGEST) / raw["view_edge"]) if "view_edge" in raw else _ACROSS
+        return across**2
+
+    def view(self, model: Model) -> int:
+        """Pixels along one edge of a view: as its processor has it, else the tower's own."""
+        return int(model.config.get("view_edge") or model.vision["image_size"])
+
+    def longest(self, model: Model) -> int:
+        """Pixels that the longest edge of an image is resized to."""
+        return int(model.config.get("longest_edge") or _ACROSS * self.view(model))
 
     def side(self, model: Model) -> int:
         """Visual tokens along one edge of a view, after pixel shuffle."""
-        return int(model.vision["image_size"]) // int(model.vision["patch_size"]) // int(model.config["scale_factor"])
+        return self.view(model) // int(model.vision["patch_size"]) // int(model.config["scale_factor"])
 
     def image(self, model: Model, width: int, height: int, max_tiles: int | None = None) -> Image:
         """The image, its longest edge so many views, cut into views; then all of it. One view: the image alone.
 
         ``max_tiles`` bounds the longest edge: as many views as its square root has.
         """
-        across, size = min(_ACROSS, math.isqrt(max_tiles or _ACROSS**2)), int(model.vision["image_size"])
-        columns, rows = (edge // size for edge in sizes(width, height, across * size, size)[1])
+        view, longest = self.view(model), self.longest(model)
+        if max_tiles is not None:
+            longest = min(longest, math.isqrt(max_tiles) * view)
+        columns, rows = (edge // view for edge in sizes(width, height, longest, view)[1])
+        if not model.config.get("do_image_splitting", True):
+            columns = rows = 1
         return dataclasses.replace(self._of(model, columns, rows), width=width, height=height)
 
     def tiled(self, model: Model, tiles: int) -> Image:
@@ -87,13 +117,16 @@ class SmolVLM(Family):
 
     def pixels(self, model: Model, image: Image, picture: Picture | None) -> npt.NDArray[np.float32] | tuple[int, ...]:
         """Views row by row, then the whole image (Lanczos), scaled to -1 to 1."""
-        size = int(model.vision["image_size"])
+        size = self.view(model)
         if picture is None:
             return (image.tiles, 3, size, size)
         from PIL import Image as Pil
 
-        across = max(image.columns, image.rows)
-        first, second = sizes(*picture.size, across * size, size)
+        split = model.config.get("do_image_splitting", True)
+        most = max(image.columns, image.rows) * size if split else math.inf
+        first, second = sizes(*picture.size, int(min(most, self.longest(model))), size)
+        if not split:
+            second = size, size
         whole = picture.convert("RGB").resize(first, Pil.Resampling.LANCZOS).resize(second, Pil.Resampling.LANCZOS)
         corners = [(x, y) for y in range(0, second[1], size) for x in range(0, second[0], size)]
         views = [whole.crop((x, y, x + size, y + size)) for x, y in corners]
@@ -112,7 +145,7 @@ class SmolVLM(Family):
         found = super().inputs(model, images, pictures)
         if not images:
             return found
-        pixels, size = found["pixel_values"], int(model.vision["image_size"])
+        pixels, size = found["pixel_values"], self.view(model)
         views = 1, pixels.shape[0], size, size
         drawn = np.random.default_rng(0)
         values = drawn.standard_normal(pixels.shape, np.float32) if pixels.values is None else pixels.values
@@ -158,6 +191,15 @@ class SmolVLM(Family):
 def _tokens(image: Image) -> int:
     """Visual tokens of one view."""
     return image.tokens // image.tiles
+
+
+def _edge(raw: Mapping[str, Any], name: str, unsaid: int) -> int:
+    """The ``longest_edge`` under ``name`` in a ``preprocessor_config.json``."""
+    said = raw.get(name) or {"longest_edge": unsaid}
+    edge = said.get("longest_edge") if isinstance(said, Mapping) else None
+    if type(edge) is not int or edge < 1:
+        raise ValueError(f"its processor's {name} is {said}, and memprof knows a longest_edge alone")
+    return edge
 
 
 def sizes(width: int, height: int, longest: int, view: int) -> tuple[tuple[int, int], tuple[int, int]]:

@@ -29,7 +29,7 @@ from memprof.errors import MemprofError
 from memprof.files import cache_folder
 from memprof.forecasts import Ask, Setup
 from memprof.forecasts.programs import Forecast, Lengths, Programs
-from memprof.forecasts.windows import windows_of
+from memprof.forecasts.windows import capped, windows_of
 from memprof.gpus import calibrated, find_card
 from memprof.pruning import Pruner, method_spec, visual_tokens_per_layer
 from memprof.pruning.signals import signal_kind
@@ -312,7 +312,7 @@ def memory_of(forecast: Forecast, setup: Setup, ask: Ask) -> Memory:
     return Memory(
         [reading.memory(columns)],
         kept_visual_tokens=visual,
-        kv_tokens_planned=[shape.text_tokens + each for each in visual],
+        kv_tokens_planned=capped([shape.text_tokens + each for each in visual], windows_of(setup.model)),
         kv_tokens_found=forecast.kv_tokens,
         kv_bytes_per_layer=forecast.kv_bytes_per_layer,
         refused=reading.refused,

@@ -9,9 +9,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from memprof.errors import UsageError
+from memprof.errors import MemprofError, UsageError
 from memprof.families import Model
 from memprof.models.checkpoint import dtype_of, load_checkpoint
+from memprof.models.faults import CORRECT, runs
 
 
 def build_model(
@@ -32,7 +33,17 @@ def build_model(
         weights: ``random`` (seeded, built straight on the device), ``hub``, or the path of a checkpoint.
         attention: Attention of the language model; the vision tower runs SDPA.
         seed: Of random weights.
+
+    Raises:
+        UsageError: Transformers has not this attention for it.
+        MemprofError: Its configuration cannot be built from.
     """
+    with runs(f"{model.title}'s configuration", CORRECT):
+        return _built(model, device, dtype, weights, attention, seed)
+
+
+def _built(model: Model, device: str, dtype: str, weights: str, attention: str, seed: int) -> nn.Module:
+    """:func:`build_model`, where transformers' errors are its own."""
     config = model.family.config(model)
     implementation = attention_of(model, attention)
 
@@ -61,9 +72,9 @@ def build_model(
     return module
 
 
-def _lacks_attention(error: ValueError) -> bool:
+def _lacks_attention(error: BaseException | None) -> bool:
     """Whether it is transformers' word for a class without the attention that was asked for."""
-    return "does not support an attention implementation" in str(error)
+    return isinstance(error, ValueError) and "does not support an attention implementation" in str(error)
 
 
 def build_weightless_from(config: Any, *, dtype: str | None = None, attention: str | None = None) -> nn.Module:
@@ -104,10 +115,11 @@ def build_weightless_from(config: Any, *, dtype: str | None = None, attention: s
     found: Any = None
     for asked in (attention,) if attention is not None else ("sdpa", "eager"):
         try:
-            found = build_weightless(partial(built, asked))
+            with runs(f"this {type(config).__name__}", CORRECT):
+                found = build_weightless(partial(built, asked))
             break
-        except ValueError as error:
-            if not _lacks_attention(error):
+        except MemprofError as error:
+            if not _lacks_attention(error.__cause__):
                 raise
     if found is None:
         raise UsageError(f"transformers has no {attention} attention for a {type(config).__name__}; ask for eager")

@@ -18,6 +18,7 @@ from typing import Any
 
 from memprof.errors import UnknownName, WeightsError
 from memprof.families import FAMILIES, Family, Model
+from memprof.families._towers import check_tower
 from memprof.files import read_json
 from memprof.models.files import folder_of, locate, locate_cached, read_object, stored_tensors
 from memprof.models.tokenizer import special_tokens
@@ -206,7 +207,9 @@ def _of_raw(raw: Mapping[str, Any], where: Path | None, like: Model | None, hub:
     """The model of a configuration; ``where`` are the files beside it, if there are any."""
     _check_sizes(raw)
     family = _family(raw, like)
+    raw = {**raw, **family.of_processor({} if where is None else _processor(_file(where)))}
     config = _config(family, raw, where)
+    check_tower(family, config)
     if like is not None:
         _check_tower(config, like)
     return _model(where, raw, family, config, like, hub)
@@ -254,13 +257,19 @@ def _family(raw: Mapping[str, Any], like: Model | None) -> Family:
     return family
 
 
+def _processor(file: Path) -> Mapping[str, Any]:
+    """What the image processor beside a configuration says: newer checkpoints have it inside their processor's file."""
+    whole = read_object(file.with_name("processor_config.json")) or {}
+    found: Mapping[str, Any] | None = whole.get("image_processor")
+    return found or read_object(file.with_name("preprocessor_config.json")) or {}
+
+
 def _config(family: Family, raw: Mapping[str, Any], where: Path | None) -> Any:
     """The transformers configuration; what a chat ends with is said by the file beside it, in transformers' layout."""
     if where is None:
         return family.read(raw, {})
     file = _file(where)
-    processor = read_object(file.with_name("preprocessor_config.json")) or {}
-    config = family.read({**raw, **family.of_processor(processor)}, special_tokens(file.parent))
+    config = family.read(raw, special_tokens(file.parent))
     generation = read_object(file.with_name("generation_config.json")) or {}
     if raw["model_type"] == config.model_type and generation.get("eos_token_id") is not None:
         config.get_text_config().eos_token_id = generation["eos_token_id"]

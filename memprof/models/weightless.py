@@ -19,6 +19,7 @@ from transformers import LogitsProcessor
 from memprof import scopes
 from memprof.anatomy import anatomy
 from memprof.gpus import Card
+from memprof.models.faults import runs
 
 M = TypeVar("M", bound=torch.nn.Module)
 
@@ -92,7 +93,8 @@ def lent(model: Any, card: Card) -> Iterator[Any]:
             given[:] = [[place(value) for value in args], {name: place(value) for name, value in kwargs.items()}]
         placed, named = given
         asked = [*(named.pop("logits_processor", None) or ()), scores]
-        return generate(*placed, **named, logits_processor=asked)
+        with runs(f"this generate() of a {type(model).__name__}", "correct its inputs, or its configuration"):
+            return generate(*placed, **named, logits_processor=asked)
 
     CARD_OF[model], model.generate = card, generated
     try:

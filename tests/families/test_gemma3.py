@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -10,9 +12,9 @@ from PIL import Image as Pil
 from tiny import tiny_model, tiny_prompt
 
 from memprof.bench.generate import place, profile_prompt
-from memprof.errors import UsageError
+from memprof.errors import UsageError, WeightsError
 from memprof.meters import meter_for
-from memprof.models.find import named
+from memprof.models.find import find, named
 from memprof.pruning import build_pruner
 
 MODELS = [model for model in named().values() if model.config["model_type"] == "gemma3"]
@@ -66,3 +68,10 @@ def test_what_a_full_window_leaves_unknown_is_refused(method: str) -> None:
             continue
         with pytest.raises(UsageError, match=rf"sliding window is full: it has {window} tokens, and \d+ are reached"):
             profile_prompt(model, meter_for(model), pruner, "current", prompt, new_tokens=tokens)
+
+
+def test_pan_and_scan_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(MODELS[0].config))
+    (tmp_path / "preprocessor_config.json").write_text(json.dumps({"do_pan_and_scan": True}))
+    with pytest.raises(WeightsError, match="do_pan_and_scan"):
+        find(str(tmp_path))

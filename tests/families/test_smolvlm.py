@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import json
 import re
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 from PIL import Image as Pil
 
+from memprof.errors import WeightsError
 from memprof.families._chat import Special
 from memprof.families.smolvlm import SmolVLM
-from memprof.models.find import named
+from memprof.models.find import find, named
 
 SIZES = [(448, 448), (1344, 896), (1792, 1344), (384, 1152), (37, 900), (901, 1), (1, 1), (4000, 3001), (641, 479)]
 MODELS = [model for model in named().values() if isinstance(model.family, SmolVLM)]
@@ -73,3 +76,53 @@ def test_pixels_are_the_image_processors(size: tuple[int, int]) -> None:
         assert found[name].values.shape == expected[name].shape
         assert np.abs(found[name].values - expected[name]).max() < 0.02
     assert model.family.seen(model, image, found["pixel_values"].values).shape[0] == image.tiles
+
+
+#: What a ``preprocessor_config.json`` may say of sizes; a file that says nothing means transformers' own.
+SAID = [
+    {"size": {"longest_edge": 1024}, "max_image_size": {"longest_edge": 512}},
+    {"size": {"longest_edge": 1000}, "max_image_size": {"longest_edge": 512}, "do_image_splitting": True},
+    {"size": {"longest_edge": 2048}, "max_image_size": {"longest_edge": 512}, "do_image_splitting": False},
+    {"size": {"longest_edge": 9000}, "max_image_size": {"longest_edge": 1024}},
+    {"do_normalize": True},
+]  # fmt: skip
+
+
+def saved(folder: Path, processor: dict[str, Any], *, nested: bool = False) -> Any:
+    """The first card as a checkpoint with this image processor; ``nested``: as transformers 5 writes it."""
+    (folder / "config.json").write_text(json.dumps(MODELS[0].config))
+    name = "processor_config.json" if nested else "preprocessor_config.json"
+    (folder / name).write_text(json.dumps({"image_processor": processor} if nested else processor))
+    return find(str(folder))
+
+
+@pytest.mark.parametrize("nested", [False, True])
+@pytest.mark.parametrize("said", SAID)
+def test_a_checkpoints_image_processor_decides(said: dict[str, Any], nested: bool, tmp_path: Path) -> None:
+    from transformers.models.smolvlm.image_processing_pil_smolvlm import SmolVLMImageProcessorPil
+
+    model, theirs = saved(tmp_path, said, nested=nested), SmolVLMImageProcessorPil(**said)
+    split = said.get("do_image_splitting", True)
+    for width, height in SIZES:
+        image = model.family.image(model, width, height)
+        assert image.tiles == (theirs.get_number_of_image_patches(height, width)[0] if split else 1)
+        assert image.tiles <= model.family.most_tiles(model)
+        assert model.family.pixels(model, image, None)[2:] == (theirs.max_image_size["longest_edge"],) * 2
+
+
+@pytest.mark.parametrize("said", SAID[:3])
+def test_its_pixels_are_that_processors(said: dict[str, Any], tmp_path: Path) -> None:
+    from transformers.models.smolvlm.image_processing_pil_smolvlm import SmolVLMImageProcessorPil
+
+    picture = Pil.fromarray(np.random.default_rng(0).integers(0, 255, (300, 500, 3), dtype=np.uint8))
+    expected = SmolVLMImageProcessorPil(**said)([[picture]], return_tensors="np")["pixel_values"]
+    model = saved(tmp_path, said)
+    found = model.family.inputs(model, [model.family.image(model, *picture.size)], [picture])["pixel_values"].values
+    assert found.shape == expected.shape
+    assert np.abs(found - expected).max() < 0.02
+
+
+@pytest.mark.parametrize("said", [{"do_resize": False}, {"size": {"height": 9, "width": 9}}, {"max_image_size": 5}])
+def test_another_way_to_resize_is_refused(said: dict[str, Any], tmp_path: Path) -> None:
+    with pytest.raises(WeightsError, match=next(iter(said))):
+        saved(tmp_path, said)
