@@ -11,7 +11,7 @@ import dataclasses
 from collections.abc import Callable, Sequence
 from typing import Any, TypeAlias
 
-from memprof.forecasts.windows import cached_by_first
+from memprof.forecasts.windows import cached_by_first, capped
 from memprof.prompts import Shape
 from memprof.pruning import Pruner, Stage
 from memprof.pruning.signals import signal_kind
@@ -164,7 +164,7 @@ class Programs:
         return Forecast(
             reading,
             # Of a prompt longer than its window a layer holds all storage, and looks at the end of it.
-            [min(n, window - 1) if window else n for n, window in zip(found_tokens, self._of(own), strict=True)],
+            capped(found_tokens, self._of(own)),
             held,
             kv_bytes[: len(reading.allocated_bytes)],
         )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from memprof.families import Model
@@ -28,6 +28,11 @@ def windows_of(model: Model) -> tuple[int | None, ...]:
         None if mode == "reuse" else text.get(_FORGETFUL.get(kind, "")) or None
         for kind, mode in zip(kinds, shared, strict=False)
     )
+
+
+def capped(tokens: Sequence[int], windows: Sequence[int | None]) -> list[int]:
+    """Of so many tokens a layer, those it looks at in the next step: a full window lacks the one to come."""
+    return [min(n, window - 1) if window else n for n, window in zip(tokens, windows, strict=True)]
 
 
 def cached_by_first(pruner: Pruner, shape: Shape, layers: int) -> int:

@@ -255,6 +255,8 @@ class Surgery:
         self._forgetful = tokens >= window
         if not self._forgetful:
             return
+        if any(one.sliding_window not in map(_window, self._layers) for one in sliding):
+            raise UsageError(f"pruning cannot tell what layers forget beyond {window} tokens, and {tokens} are reached")
         reads = sorted(_OF_ALL_KEYS.intersection(self._signals)) if not past else []
         if reads or self.pruner.mask_only or self.pruner.positions == "compact":
             does = f"reads {reads[0]!r}" if reads else "hides tokens" if self.pruner.mask_only else "renumbers tokens"
