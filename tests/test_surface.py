@@ -23,7 +23,7 @@ from memprof import records, scopes
 from memprof.bench.generate import place
 from memprof.calls import NOTHING
 from memprof.cli import main
-from memprof.errors import DoesNotFit, MemprofError, RunExists, UnknownName, UsageError, WeightsError
+from memprof.errors import BadValue, DoesNotFit, MemprofError, RunExists, UnknownName, UsageError, WeightsError
 from memprof.gpus import CONTEXT_BYTES
 from memprof.profiler import Profiler
 from memprof.pruning import build_pruner
@@ -511,12 +511,35 @@ def test_what_no_prompt_can_be_is_refused() -> None:
     ):  # fmt: skip
         with pytest.raises(UsageError, match=said):
             memprof.predict("proving", images=[(80, 80)], **wrong)
+    beyond: list[dict[str, Any]] = [
+        {"text_tokens": 10**12}, {"new_tokens": 10**9}, {"max_tiles": 10**8}, {"text_tokens": 10**6, "batch": 5},
+    ]  # fmt: skip
+    for more in beyond:
+        with pytest.raises(UsageError, match="above the limit"):
+            memprof.predict("proving", **more)
     with pytest.raises(UnknownName):
         memprof.predict("nonesuch")
     from transformers import CLIPVisionConfig
 
     with pytest.raises(WeightsError, match="no family"):
         memprof.predict(CLIPVisionConfig())
+
+
+@pytest.mark.parametrize(
+    "images",
+    [
+        [(0, 5)], [(-5, 10)], [(100.5, 10)], [(10**12, 10)], ["a.png"], (1600, 1200), "a.png", 3, [(1, 2, 3)],
+        [(80, 80)] * 1001,
+    ],
+)  # fmt: skip
+def test_images_that_no_picture_can_be_are_refused_in_a_line(images: Any) -> None:
+    for asked in (
+        lambda: memprof.predict("proving", images=images),
+        lambda: memprof.predict("proving", {"input_ids": torch.ones(1, 2, dtype=torch.long)}, images=images),
+    ):
+        with pytest.raises(BadValue, match=r"image|width|height") as told:
+            asked()
+        assert "\n" not in str(told.value)
 
 
 # -- notebooks ---------------------------------------------------------------------------------------------------------

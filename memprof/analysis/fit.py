@@ -15,6 +15,8 @@ from memprof.bracket import next_value
 from memprof.errors import BadValue, DataError, DoesNotFit
 from memprof.families import Model
 from memprof.gpus import Card, calibrated, find_card
+from memprof.limits import MOST_IN_ALL, check
+from memprof.models.heeding import check_heeded
 from memprof.prompts import Shape
 from memprof.pruning import METHODS, kept_share, method_name, method_spec
 from memprof.records import Memory, Run, RunSpec, SampleRecord
@@ -127,16 +129,18 @@ def fit(
     card = calibrated(card)
     if card.memory_bytes is None:
         raise BadValue(f"card {card.name!r} has no limit that something could fit into; give a card's name or a size")
+    for name, number in (("tiles", tiles), ("images", images), ("text_tokens", question_tokens)):
+        check(name, number)
     gpu_bytes = card.memory_bytes
     context_bytes = card.context_bytes if context_bytes is None else context_bytes
     # Here is the limit, not in the allocator: what is too large is to be known as well.
     spec, _, _, setup = complete_spec(predicting(spec, data="bundled", limit=None, gpu=card.any_memory))
+    check_heeded(setup.model, images=images if images > 1 else None, tiles=tiles)
     bench = bench.set_up(setup) if bench is not None else Bench(setup)
     desk = _Desk(spec, bench, context_bytes, question_tokens)
     if tiles is None:
         tiles = setup.model.family.most_tiles(setup.model)
-    if tiles < 1 or images < 1 or question_tokens < 0:
-        raise BadValue("tiles and images must be at least 1, and a question cannot have fewer than 0 tokens")
+    _check_shown(setup.model, tiles, images)
     if desk.static_bytes + context_bytes > gpu_bytes:
         raise DoesNotFit(_weights_alone(desk, gpu_bytes, context_bytes))
     shown = Shown(tiles, images)
@@ -186,6 +190,15 @@ def _need(memory: Memory, context_bytes: int) -> Need:
 def searched_tiles(model: Model) -> int:
     """Most tiles of a prompt that are looked at, of all its images."""
     return min(MOST_TILES, model.family.searched_images * model.family.most_tiles(model))
+
+
+def _check_shown(model: Model, tiles: int, images: int) -> None:
+    """Raise BadValue where so much is asked for that looking at it, and at what is beside it, would not end."""
+    batched = model.family.one_batch(model)
+    asked, most = (tiles * images, 8 * MOST_TILES) if batched else (images, 4 * model.family.searched_images)
+    if model.family.sees and asked > most:
+        what = "tiles of all images" if batched else "images"
+        raise BadValue(f"{asked} {what} are more than the {most} that fit looks at for {model.name}")
 
 
 @dataclass(frozen=True)
@@ -299,7 +312,8 @@ def _batch(desk: _Desk, gpu_bytes: int, shown: Shown) -> Limit:
     if complete_spec(desk.spec).pruner.stages(desk.shape(shown).visual_tokens, desk.model.layers):
         fits = desk.need(desk.spec.method, shown).device_bytes <= gpu_bytes
         return Limit("batch", 1, 1 if fits else None, None, "pruning cuts one prompt at a time")
-    most = max(1, desk.model.family.searched_prompts // shown.images)
+    room = MOST_IN_ALL // desk.shape(shown).length
+    most = max(1, min(desk.model.family.searched_prompts // shown.images, room))
     largest, needs = desk.largest("batch", shown, gpu_bytes, most)
     return Limit("batch", 1, largest, needs, _looked_at(most) if largest == most else "prompts of equal length")
 
@@ -318,6 +332,9 @@ def _new_tokens(desk: _Desk, gpu_bytes: int, shown: Shown) -> Limit:
     last = columns.peak_allocated_bytes[-1] + unused + desk.context_bytes
     if asked.device_bytes > gpu_bytes:
         return Limit("new tokens", made, None, None, "the prompt alone is too large")
+    if most < 1:
+        note = f"the prompt is beyond the model's {desk.model.positions:,} positions"
+        return Limit("new tokens", made, None, None, note)
     more = int((gpu_bytes - last) // a_token)
     largest = min(most, made + max(0, more))
     needs = max(asked.device_bytes, round(last + (largest - made) * a_token))

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
+from memprof import limits
 from memprof.errors import BadRow, BadValue, DataError
 from memprof.plugins import Registry
 from memprof.tasks import _sources
@@ -129,10 +130,9 @@ class Task(ABC):
         Raises:
             DataError: The data cannot be read. Rows are looked at here until one is sound, so a wrong file shows before
                 a model is loaded. A broken picture is no such error: its sample is there, and its ``image()`` raises.
-            BadValue: ``limit`` is below 1, or the task has no data set on the hub.
+            BadValue: ``limit`` is none that there can be, or the task has no data set on the hub.
         """
-        if limit is not None and limit < 1:
-            raise BadValue(f"limit={limit} is below 1")
+        limits.check("limit", limit)
         make, rows = self._sample, self._rows(data, limit)
         if _is_shapes(data):
             make = _shape
@@ -195,8 +195,9 @@ class Task(ABC):
 
 def _tokens(count: Any) -> int | None:
     """A row's own count of tokens, checked; None where it has none."""
-    if count is not None and (type(count) is not int or not 0 <= count <= _sources.MOST_TOKENS):
-        raise ValueError(f"text_tokens is {count!r:.40}, and not a whole number from 0 to {_sources.MOST_TOKENS}")
+    least, most = limits.LIMITS["text_tokens"]
+    if count is not None and (type(count) is not int or not least <= count <= most):
+        raise ValueError(f"text_tokens is {count!r:.40}, and not a whole number from {least} to {most}")
     return count
 
 

@@ -34,6 +34,7 @@ from typing import Any, TypeVar, overload
 
 from memprof.errors import DataError
 from memprof.files import kind_of, read_bytes
+from memprof.limits import LIMITS
 from memprof.tasks._pictures import Drawn, Encoded, Picture
 
 T = TypeVar("T")
@@ -46,9 +47,6 @@ _REFERENCE_CHARS = 64
 _IMAGE = "image"
 #: No encoded picture has more bytes.
 MOST_BYTES = 2**29
-#: What a row may ask for: beyond it lies a slip of the pen, and no model.
-MOST_TOKENS, MOST_PIXELS = 1_000_000, 1_000_000
-MOST_IMAGES, MOST_BATCH = 1_000, 10_000
 
 
 @dataclass(frozen=True)
@@ -170,19 +168,16 @@ def read_shapes(path: Path, limit: int | None) -> Sequence[Row]:
             if len(fields) != len(header):
                 raise DataError(f"{where}: {len(fields)} fields, but the header has {len(header)}")
             values = dict(zip(header, (f.strip() for f in fields), strict=True))
-            width, height = (_whole(values, name, where, 1, MOST_PIXELS) for name in ("width", "height"))
-            tokens = _whole(values, "text_tokens", where, 0, MOST_TOKENS)
+            width, height, tokens = (_whole(values, name, where) for name in SHAPE_COLUMNS)
             sample_id = values.get("id") or f"{len(rows):05d}"
-            images, batch = (
-                _whole(values, name, where, 1, most) if values.get(name) else 1
-                for name, most in (("images", MOST_IMAGES), ("batch", MOST_BATCH))
-            )
+            images, batch = (_whole(values, name, where) if values.get(name) else 1 for name in ("images", "batch"))
             picture, sizes = Drawn(width, height, sample_id), {"text_tokens": tokens, "batch": batch}
             rows.append(Row(sample_id, sizes, picture, where, (picture,) * (images - 1)))
     return _checked(path, rows)
 
 
-def _whole(values: Mapping[str, str], name: str, where: str, least: int, most: int) -> int:
+def _whole(values: Mapping[str, str], name: str, where: str) -> int:
+    least, most = LIMITS[name]
     try:
         number = int(values[name])
     except ValueError:
@@ -301,7 +296,7 @@ def read_jsonl(path: Path, limit: int | None) -> Sequence[Row]:
 def _paths(given: Any) -> list[str]:
     """The paths in an ``image`` field: one, or a list of them; none where it is anything else."""
     found = given if isinstance(given, list) else [given]
-    return found if len(found) <= MOST_IMAGES and all(isinstance(name, str) for name in found) else []
+    return found if len(found) <= LIMITS["images"][1] and all(isinstance(name, str) for name in found) else []
 
 
 # ------------------------------------------------------------------------------------------- parquet and the hub

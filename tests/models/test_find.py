@@ -12,8 +12,9 @@ from typing import Any
 import pytest
 from tiny import families, tiny_card
 
+from memprof import api
 from memprof.bench import Bench
-from memprof.errors import UnknownName, WeightsError
+from memprof.errors import UnknownName, UsageError, WeightsError
 from memprof.families import FAMILIES, Model
 from memprof.models.find import find, named
 from memprof.records import RunSpec
@@ -184,3 +185,23 @@ def test_the_worked_examples_of_contributing_are_what_is_tested(tmp_path: Path) 
     code[1] = "from brightest import Brightest; print(Brightest().stages(100, 5)[0].kept)"
     said = asked(tmp_path, path=tmp_path, code=code[1])
     assert said.stdout.strip() == "50", said.stderr
+
+
+def test_an_option_that_a_family_cannot_heed_is_refused_by_name() -> None:
+    """Whatever the family: what would change nothing is refused, and what changes something is taken."""
+    for model in {type(model.family): model for model in named().values()}.values():
+        image = model.family.image if model.family.sees else None
+        heeded = image is not None and image(model, 4096, 1024, 1) != image(model, 4096, 1024, 16)
+        for asked, taken in (({"max_tiles": 16}, heeded), ({"images": 2}, model.family.sees)):
+            if taken:
+                assert api.spec(model.name, **asked).model == model.name
+            else:
+                with pytest.raises(UsageError, match=f"leave out {next(iter(asked))}="):
+                    api.spec(model.name, **asked)
+        assert api.spec(model.name).max_tiles is None
+    text = next(name for name, model in named().items() if not model.family.sees)
+    for more in ({"tiles": 3}, {"images": 2}):
+        with pytest.raises(UsageError, match="takes no images"):
+            api.fits("h100", text, **more)
+    with pytest.raises(UsageError, match="leave out max_tiles=3"):
+        api.predict("llava-1.5-7b", images=[(100, 100)], max_tiles=3)
