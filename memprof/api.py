@@ -116,9 +116,13 @@ def run(asked: RunSpec, folder: Path | str, **how: Any) -> Profile:
 
     ``how`` is as in :func:`memprof.runner.run`: ``resume``, ``force``, ``progress`` and so on.
     """
+    from memprof.errors import RunExists
     from memprof.runner import run as make
 
-    return Profile.of(make(asked, Path(folder), **how))
+    try:
+        return Profile.of(make(asked, Path(folder), **how))
+    except RunExists:
+        raise RunExists(f"{folder} already holds a run; resume=True finishes it, force=True replaces it") from None
 
 
 @contextmanager

@@ -95,6 +95,14 @@ def complete_spec(spec: RunSpec) -> Complete:
     return Complete(spec, pruner, TASKS.build(spec.task), Setup.of(spec, model))
 
 
+def check_distinct(specs: Sequence[RunSpec]) -> None:
+    """Raise UsageError where two of several completed specs are of one method, equal in full."""
+    methods = [spec.method for spec in specs]
+    for method in methods:
+        if methods.count(method) > 1:
+            raise UsageError(f"method {method} is given twice; name each once")
+
+
 def _check_cuts(spec: RunSpec, model: Model, pruner: Pruner) -> None:
     """Raise UsageError where a method is asked to cut what cannot be cut."""
     if not pruner.stages(1_000, model.layers):

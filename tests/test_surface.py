@@ -115,6 +115,12 @@ def test_the_surface_is_frozen() -> None:
     assert offered | fields == {*PROFILE, *VALUES}
 
 
+def test_a_tab_completes_what_is_offered_and_nothing_else() -> None:
+    code = "import memprof; print(sorted(dir(memprof)) == sorted(memprof.__all__))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout == "True\n"
+
+
 def test_every_record_says_what_its_fields_are() -> None:
     for name, cls in vars(records).items():
         if dataclasses.is_dataclass(cls) and inspect.getmodule(cls) is records and not name.startswith("_"):
