@@ -248,9 +248,16 @@ def fits(card: str, model: str, *, context: str | None = None, **asked: Any) -> 
         model: As in :func:`spec`.
         context: What the CUDA context takes, as ``600MiB``.
         asked: ``tiles``, ``images`` and ``text_tokens`` (or ``question_tokens``) as in
-            :func:`memprof.analysis.fit.fit`; the rest as in :func:`spec`.
+            :func:`memprof.analysis.fit.answer`; the rest as in :func:`spec`.
+
+    Returns:
+        The answer. Where nothing fits, the weights alone not or not the least prompt, its ``fits`` is False, and its
+        ``refusal`` says why and what would help.
+
+    Raises:
+        UsageError: An unknown name, or a value outside its range.
     """
-    from memprof.analysis.fit import fit
+    from memprof.analysis.fit import answer
     from memprof.gpus import find_card
     from memprof.units import parse_size
 
@@ -258,7 +265,7 @@ def fits(card: str, model: str, *, context: str | None = None, **asked: Any) -> 
         asked["question_tokens"] = asked.pop("text_tokens")
     sizes = {key: asked.pop(key) for key in ("tiles", "images", "question_tokens") if key in asked}
     wanted = spec(model, device="sim", **{"max_new_tokens": 16, **asked})
-    return fit(wanted, find_card(card), context_bytes=None if context is None else parse_size(context), **sizes)
+    return answer(wanted, find_card(card), context_bytes=None if context is None else parse_size(context), **sizes)
 
 
 @contextmanager

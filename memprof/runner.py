@@ -119,7 +119,7 @@ def samples_of(model: Model, task: Task, spec: RunSpec) -> tuple[Sequence[Sample
     """The samples of a run and how they are to be named: the task's, or a self-contained model's own."""
     family = model.family
     if spec.data != "bundled" or family.shipped(model) is None:
-        return _as_asked(task.samples(spec.data, spec.limit), task, spec), task.label(spec.data)
+        return _as_asked(task.samples(spec.data, spec.limit, spec.text_tokens), task, spec), task.label(spec.data)
     found = []
     for own in family.own_questions(task.name, spec.limit):
         asked, (width, height) = own.question(), own.size()

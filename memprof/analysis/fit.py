@@ -7,6 +7,7 @@ import math
 from bisect import bisect_right
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 from memprof.analysis.predicting import predicting
@@ -81,6 +82,8 @@ class Fit:
         fits: Whether it fits.
         limits: How far each thing can go.
         give: What would make it fit, where it does not.
+        refusal: Why nothing fits at all, in one line: the weights alone do not, or not the least prompt. Then there are
+            no limits.
     """
 
     model: str
@@ -95,13 +98,27 @@ class Fit:
     fits: bool
     limits: tuple[Limit, ...]
     give: tuple[str, ...]
+    refusal: str = ""
 
     def to_json(self) -> dict[str, Any]:
         """This answer as plain data."""
         return dataclasses.asdict(self)
 
 
-def fit(
+def fit(spec: RunSpec, card: Card, **how: Any) -> Fit:
+    """As :func:`answer`, where something fits.
+
+    Raises:
+        DoesNotFit: The weights alone, or the least prompt, do not fit; says what would.
+        UsageError: An unknown name, or a value outside its range.
+    """
+    found = answer(spec, card, **how)
+    if found.refusal:
+        raise DoesNotFit(found.refusal)
+    return found
+
+
+def answer(
     spec: RunSpec,
     card: Card,
     *,
@@ -111,7 +128,7 @@ def fit(
     question_tokens: int = QUESTION_TOKENS,
     bench: Bench | None = None,
 ) -> Fit:
-    """What fits on ``card`` when ``spec``'s model runs under its method, stack and dtype; predicted.
+    """What fits on ``card`` when ``spec``'s model runs under its method, stack and dtype, if anything; predicted.
 
     Args:
         spec: Its task, data, limit and card are not looked at; ``max_new_tokens`` is the answer's length.
@@ -123,7 +140,6 @@ def fit(
         bench: Where the model is kept.
 
     Raises:
-        DoesNotFit: The weights alone, or the least prompt, do not fit; says what would.
         UsageError: An unknown name, or a value outside its range.
     """
     card = calibrated(card)
@@ -138,11 +154,15 @@ def fit(
     check_heeded(setup.model, images=images if images > 1 else None, tiles=tiles)
     bench = bench.set_up(setup) if bench is not None else Bench(setup)
     desk = _Desk(spec, bench, context_bytes, question_tokens)
+    told = partial(
+        Fit, spec.model, spec.method, spec.stack, spec.dtype, card.name, gpu_bytes, context_bytes, desk.static_bytes
+    )
     if tiles is None:
         tiles = setup.model.family.most_tiles(setup.model)
     _check_shown(setup.model, tiles, images)
     if desk.static_bytes + context_bytes > gpu_bytes:
-        raise DoesNotFit(_weights_alone(desk, gpu_bytes, context_bytes))
+        said, static = _weights_alone(desk, gpu_bytes, context_bytes), desk.static_bytes
+        return told(Need(static, static, static + context_bytes, "the weights"), False, (), (), said)
     shown = Shown(tiles, images)
     desk.foresee(spec.method, shown)
     asked = desk.need(spec.method, shown)
@@ -158,15 +178,13 @@ def fit(
     if not fits and all(limit.largest is None for limit in limits):
         least = desk.need(spec.method, Shown(1))
         if least.device_bytes > gpu_bytes:
-            raise DoesNotFit(
+            said = (
                 f"not even one tile fits {format_bytes(gpu_bytes)}: it needs {format_bytes(least.device_bytes)}, "
                 f"{format_bytes(context_bytes, 'MiB', 0)} of CUDA context among it; most of what lies above the "
                 f"weights is held by {least.held_by}. What would help: {'; '.join(give)}"
             )
-    return Fit(
-        spec.model, spec.method, spec.stack, spec.dtype, card.name, gpu_bytes, context_bytes, desk.static_bytes, asked,
-        fits, limits, give,
-    )  # fmt: skip
+            return told(asked, False, (), give, said)
+    return told(asked, fits, limits, give)
 
 
 def need_of(run: Run, sample: SampleRecord) -> Need:

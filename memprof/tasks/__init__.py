@@ -119,13 +119,16 @@ class Task(ABC):
         """The name by which ``TASKS`` finds it."""
         return type(self).__module__.rpartition(".")[2].replace("_", "-")
 
-    def samples(self, data: str = "bundled", limit: int | None = None) -> Sequence[Sample]:
+    def samples(
+        self, data: str = "bundled", limit: int | None = None, text_tokens: int | None = None
+    ) -> Sequence[Sample]:
         """The first ``limit`` samples of ``data``, each made when it is indexed.
 
         Args:
             data: ``bundled``, ``hub``, or a path (.csv of shapes, .tsv, .parquet, .jsonl, a folder with one of the
                 last two).
             limit: How many at most, or None for all.
+            text_tokens: Of each row of a .csv that says none; None: each must say it.
 
         Raises:
             DataError: The data cannot be read. Rows are looked at here until one is sound, so a wrong file shows before
@@ -133,7 +136,7 @@ class Task(ABC):
             BadValue: ``limit`` is none that there can be, or the task has no data set on the hub.
         """
         limits.check("limit", limit)
-        make, rows = self._sample, self._rows(data, limit)
+        make, rows = self._sample, self._rows(data, limit, text_tokens)
         if _is_shapes(data):
             make = _shape
         samples = _sources.Lazy(len(rows), lambda index: make(rows[index]))
@@ -167,12 +170,12 @@ class Task(ABC):
         named = {c: {"samples": len(g), "score": _mean(g)} for c, g in by_category.items() if c is not None}
         return totals | ({"categories": named} if named else {})
 
-    def _rows(self, data: str, limit: int | None) -> Sequence[_sources.Row]:
+    def _rows(self, data: str, limit: int | None, text_tokens: int | None) -> Sequence[_sources.Row]:
         if data == "bundled":
             return _sources.read_bundled(self.name, limit)
         if data == "hub":
             return _sources.read_hub(*self._hub(), limit)
-        return _sources.read_path(Path(data), limit)
+        return _sources.read_path(Path(data), limit, text_tokens)
 
     def _hub(self) -> tuple[str, str]:
         if self.hub is None:

@@ -8,7 +8,9 @@ from typing import Any
 
 import pytest
 from tiny import tiny_card
+from typed import call
 
+from memprof import api
 from memprof.analysis import fit as module
 from memprof.analysis.fit import fit
 from memprof.bench import Bench
@@ -147,3 +149,22 @@ def test_what_no_prompt_can_be_is_refused_at_once(spec: RunSpec, asked: str) -> 
 def test_more_than_can_be_looked_at_is_refused_at_once(spec: RunSpec) -> None:
     with pytest.raises(BadValue, match=f"more than the {8 * module.MOST_TILES} that fit looks at"):
         fit(spec, find_card("1GiB"), tiles=8 * module.MOST_TILES, images=2)
+
+
+@pytest.mark.parametrize("room", [MIB, 20 * MIB])
+def test_where_nothing_fits_the_answer_says_so(spec: RunSpec, room: int) -> None:
+    card = find_card(f"{CONTEXT_BYTES + room}B")
+    found = module.answer(spec, card, tiles=1)
+    assert not found.fits
+    assert found.refusal
+    assert found.need.device_bytes > card.memory_bytes
+    with pytest.raises(DoesNotFit) as told:
+        fit(spec, card, tiles=1)
+    assert str(told.value) == found.refusal
+    assert not module.answer(spec, find_card("1GiB"), tiles=1).refusal
+
+
+def test_python_is_answered_and_the_command_refuses(capsys: pytest.CaptureFixture[str]) -> None:
+    found = api.fits("512MiB", "internvl2-2b")
+    assert (found.fits, found.limits) == (False, ())
+    assert call(capsys, "fit", "--gpu", "512MiB") == (4, "", f"memprof: {found.refusal}\n")

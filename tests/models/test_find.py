@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -14,7 +15,7 @@ from tiny import families, tiny_card
 
 from memprof import api
 from memprof.bench import Bench
-from memprof.errors import UnknownName, UsageError, WeightsError
+from memprof.errors import UnknownName, UsageError, WeightsError, did_you_mean
 from memprof.families import FAMILIES, Model
 from memprof.models.find import find, named
 from memprof.records import RunSpec
@@ -205,3 +206,15 @@ def test_an_option_that_a_family_cannot_heed_is_refused_by_name() -> None:
             api.fits("h100", text, **more)
     with pytest.raises(UsageError, match="leave out max_tiles=3"):
         api.predict("llava-1.5-7b", images=[(100, 100)], max_tiles=3)
+
+
+def test_the_nearest_names_begin_with_what_was_typed() -> None:
+    for typed in ("internvl2", "llava", "qwen2.5-vl"):
+        with pytest.raises(UnknownName) as told:
+            find(typed)
+        near = re.findall("'([^']*)'", str(told.value).partition("did you mean")[2].partition("?")[0])
+        assert 1 < len(near) <= 3
+        assert all(name.startswith(typed) for name in near[:2])
+    hubs = [model.hub for model in named().values() if model.hub]
+    assert did_you_mean("Qwen/Qwen2.5-VL-7b", hubs).startswith(" (did you mean 'Qwen/Qwen2.5-VL-7B-Instruct', ")
+    assert did_you_mean("zzz", hubs) == ""
