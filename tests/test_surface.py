@@ -531,6 +531,20 @@ def test_what_no_prompt_can_be_is_refused() -> None:
         memprof.predict(CLIPVisionConfig())
 
 
+def test_a_model_without_sdpa_is_predicted_as_its_window_is() -> None:
+    from transformers import MambaConfig
+
+    config = MambaConfig(vocab_size=100, hidden_size=32, num_hidden_layers=2, state_size=4)
+    inputs = {"input_ids": torch.ones(1, 8, dtype=torch.long)}
+    run = memprof.predict(config, inputs, new_tokens=2)
+    with memprof.weightless(config) as empty, memprof.profile(empty) as there:
+        empty.generate(**inputs, max_new_tokens=2)
+    assert run.samples[0].ok
+    assert run.peak == there.peak
+    with pytest.raises(UsageError, match="sdpa"):
+        memprof.predict(config, inputs, attention="sdpa")
+
+
 @pytest.mark.parametrize(
     "images",
     [
