@@ -23,6 +23,11 @@ def __getattr__(name: str) -> Any:
     raise AttributeError(f"module 'memprof' has no attribute {name!r}")
 
 
+def __dir__() -> list[str]:
+    """What is offered: a tab completes it before it is imported."""
+    return sorted(__all__)
+
+
 def load_ipython_extension(ipython: Any) -> None:
     """``%load_ext memprof``: gives a notebook ``%%memprof``."""
     from memprof.notebook import load

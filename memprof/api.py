@@ -21,6 +21,7 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from memprof.limits import check_sizes
 from memprof.profiles import Profile
 
 if TYPE_CHECKING:
@@ -68,14 +69,16 @@ def spec(
         fields: More of :class:`~memprof.records.RunSpec`.
 
     Raises:
-        UsageError: An unknown name.
+        UsageError: An unknown name, or an option that this model cannot heed.
         WeightsError: A configuration that cannot be read.
     """
     from memprof.models.find import find
+    from memprof.models.heeding import check_heeded
     from memprof.records import RunSpec
     from memprof.tasks import TASKS
 
     known = find(model, fields.get("weights", "random"))
+    check_heeded(known, images=fields.get("images"), max_tiles=fields.get("max_tiles"))
     return RunSpec(
         model=known.name, method=method, task=task, device=resolve_device(device, known, fields.get("gpu")),
         dtype=dtype or known.dtype,
@@ -113,9 +116,13 @@ def run(asked: RunSpec, folder: Path | str, **how: Any) -> Profile:
 
     ``how`` is as in :func:`memprof.runner.run`: ``resume``, ``force``, ``progress`` and so on.
     """
+    from memprof.errors import RunExists
     from memprof.runner import run as make
 
-    return Profile.of(make(asked, Path(folder), **how))
+    try:
+        return Profile.of(make(asked, Path(folder), **how))
+    except RunExists:
+        raise RunExists(f"{folder} already holds a run; resume=True finishes it, force=True replaces it") from None
 
 
 @contextmanager
@@ -181,7 +188,8 @@ def predict(
         new_tokens: Tokens of the answer.
         card: The card, or its memory as ``8GiB``; None: an H100's kernels, and no limit.
         dtype: None: as published, or as the configuration says, else bfloat16.
-        attention: Of the language model, ``sdpa`` or ``eager``; None: the method's, else ``sdpa``.
+        attention: Of the language model, ``sdpa`` or ``eager``; None: the method's, else ``sdpa`` where the model has
+            it (Mamba has not).
         max_tiles: Most tiles an image is cut into; None: the model's own.
         batch: Prompts of these sizes side by side.
 
@@ -193,6 +201,7 @@ def predict(
         WeightsError: A configuration that cannot be read, or of a family that memprof does not know (give ``inputs``).
         DoesNotFit: The weights alone do not fit on the card.
     """
+    check_sizes(images)
     if inputs is not None:
         return _generated(model, inputs, images, method, stack, new_tokens, card, dtype, attention)
     from memprof import predicted
@@ -219,7 +228,7 @@ def _generated(
     dtype = dtype or (None if isinstance(model, str) else dtype_of(model))
     eager = build_pruner(method, stack).eager
     on = card or find_card(DEFAULT).any_memory or DEFAULT
-    kind = "eager" if eager else attention or "sdpa"
+    kind = "eager" if eager else attention
     with ExitStack() as entered:
         module = entered.enter_context(weightless(described, dtype=dtype, card=on, attention=kind))
         entered.enter_context(Stack(module, stack))
@@ -238,16 +247,25 @@ def fits(card: str, model: str, *, context: str | None = None, **asked: Any) -> 
         card: The card, or its memory as ``8GiB``.
         model: As in :func:`spec`.
         context: What the CUDA context takes, as ``600MiB``.
-        asked: ``tiles``, ``images`` and ``question_tokens`` of :func:`memprof.analysis.fit.fit`; the rest as in
-            :func:`spec`.
+        asked: ``tiles``, ``images`` and ``text_tokens`` (or ``question_tokens``) as in
+            :func:`memprof.analysis.fit.answer`; the rest as in :func:`spec`.
+
+    Returns:
+        The answer. Where nothing fits, the weights alone not or not the least prompt, its ``fits`` is False, and its
+        ``refusal`` says why and what would help.
+
+    Raises:
+        UsageError: An unknown name, or a value outside its range.
     """
-    from memprof.analysis.fit import fit
+    from memprof.analysis.fit import answer
     from memprof.gpus import find_card
     from memprof.units import parse_size
 
+    if "text_tokens" in asked:  # what it is called everywhere else
+        asked["question_tokens"] = asked.pop("text_tokens")
     sizes = {key: asked.pop(key) for key in ("tiles", "images", "question_tokens") if key in asked}
     wanted = spec(model, device="sim", **{"max_new_tokens": 16, **asked})
-    return fit(wanted, find_card(card), context_bytes=None if context is None else parse_size(context), **sizes)
+    return answer(wanted, find_card(card), context_bytes=None if context is None else parse_size(context), **sizes)
 
 
 @contextmanager
@@ -321,6 +339,7 @@ def prune(
             method looks at something that the model does not have.
         WeightsError: No family knows the model.
     """
+    check_sizes(images)
     from memprof.errors import UsageError
     from memprof.models.find import of_config, plain_config
     from memprof.pruning import build_pruner

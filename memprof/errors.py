@@ -22,6 +22,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from difflib import get_close_matches
+from itertools import takewhile
 
 
 class MemprofError(Exception):
@@ -41,11 +42,31 @@ class UnknownName(UsageError):
 
     def __init__(self, kind: str, name: str, valid: Iterable[str], most: int | None = None) -> None:
         names = sorted(valid)
-        near = get_close_matches(name, names, n=1)
-        hint = f" (did you mean {near[0]!r}?)" if near else ""
         more = f", ... and {len(names) - most} more" if most is not None and len(names) > most else ""
-        super().__init__(f"unknown {kind} {name!r}{hint}; valid: {', '.join(names[:most])}{more}")
+        super().__init__(f"unknown {kind} {name!r}{did_you_mean(name, names)}; valid: {', '.join(names[:most])}{more}")
         self.kind, self.name, self.valid = kind, name, names
+
+
+def did_you_mean(name: str, valid: Iterable[str]) -> str:
+    """`` (did you mean 'a' or 'b'?)``: up to three of ``valid``, best first; nothing where none is near.
+
+    What begins with ``name`` comes first, the shortest of it before; then what is spelt like it, and of that what
+    begins with more of the same letters.
+    """
+    known = {one.lower(): one for one in valid}
+    low = name.lower()
+    longer = sorted((one for one in known if low and one.startswith(low)), key=lambda one: (len(one), one))
+    near = get_close_matches(low, known, n=12)
+    near.sort(key=lambda one: -_shared(low, one))  # a stable sort: of equals, the nearest
+    found = [f"{known[one]!r}" for one in dict.fromkeys([*longer, *near])][:3]
+    if not found:
+        return ""
+    return f" (did you mean {' or '.join(filter(None, (', '.join(found[:-1]), found[-1])))}?)"
+
+
+def _shared(one: str, other: str) -> int:
+    """Letters that both begin with."""
+    return sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(one, other, strict=False)))
 
 
 class BadValue(UsageError):

@@ -5,12 +5,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+from memprof import limits
 from memprof.bench import Bench
 from memprof.environment import environment
-from memprof.errors import BadValue, UnknownName
+from memprof.errors import UnknownName
 from memprof.forecasts import BESIDE, Ask, Setup
 from memprof.gpus import calibrated, find_card
 from memprof.models.find import find, named, of_config, plain_config
+from memprof.models.heeding import check_heeded
 from memprof.prompts import Prompt, Shape
 from memprof.pruning import build_pruner, method_spec, visual_flops_cut
 from memprof.records import ATTENTIONS, GIVEN, STACKS, Memory, Run, RunRecord, RunSpec, SampleRecord, summarize
@@ -75,8 +77,10 @@ def predict(
         max_new_tokens=new_tokens, max_tiles=max_tiles, warmup=0, gpu=card, text_tokens=text_tokens,
     )  # fmt: skip
     _check(spec, batch)
+    check_heeded(known, max_tiles=max_tiles)
     shown = [known.family.image(known, width, height, max_tiles) for width, height in images]
     shape = known.family.shape_of(known, shown, text_tokens, batch)
+    limits.check_whole(shape.length, batch)
     setup, ask = Setup.of(spec, known), Ask(pruner, stack, Prompt(shape), new_tokens)
     memory, static_parts = _answer(setup, ask)
     sample = SampleRecord(
@@ -103,12 +107,11 @@ def _check(spec: RunSpec, batch: int) -> None:
     for what, value, valid in (("stack", spec.stack, STACKS), ("attention", spec.attention, ATTENTIONS)):
         if value not in valid:
             raise UnknownName(what, value, valid)
-    for name, number, least in (
-        ("new_tokens", spec.max_new_tokens, 1), ("text_tokens", spec.text_tokens, 0), ("batch", batch, 1),
-        ("max_tiles", spec.max_tiles, 1),
+    for name, number in (
+        ("new_tokens", spec.max_new_tokens), ("text_tokens", spec.text_tokens), ("batch", batch),
+        ("max_tiles", spec.max_tiles),
     ):  # fmt: skip
-        if number is not None and number < least:
-            raise BadValue(f"{name}={number} is below {least}")
+        limits.check(name, number)
 
 
 def _sizes(images: Sequence[tuple[int, int]], shape: Shape, text_tokens: int) -> str:

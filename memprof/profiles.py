@@ -11,6 +11,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, overload
 
+from memprof.errors import RunExists
 from memprof.records import GIVEN, PARTS, Memory, Run, SampleRecord, Token, summarize
 from memprof.store import RunFolder
 from memprof.units import format_bytes, unit_for
@@ -218,7 +219,11 @@ class Profile(Run):
         """
         path = Path(folder)
         record = dataclasses.replace(self.record, totals=summarize(dataclasses.replace(self, path=str(path))))
-        with RunFolder.open(path, record, force=force) as kept:
+        try:
+            opened = RunFolder.open(path, record, force=force)
+        except RunExists:
+            raise RunExists(f"{path} already holds a run; force=True replaces it") from None
+        with opened as kept:
             for sample in self.samples:
                 kept.append(sample)
         self.path = str(path)

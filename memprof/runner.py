@@ -10,6 +10,7 @@ from contextlib import nullcontext, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple, Protocol
 
+from memprof import limits
 from memprof.bench import Bench, shape_of
 from memprof.bench.outcome import Standing, release
 from memprof.environment import environment
@@ -23,16 +24,13 @@ from memprof.pruning import Pruner, build_pruner, method_spec, visual_flops_cut
 from memprof.records import ATTENTIONS, STACKS, Run, RunRecord, RunSpec, SampleRecord, summarize
 from memprof.store import RunFolder
 from memprof.tasks import TASKS, Sample, Task
-from memprof.tasks._sources import MOST_BATCH, MOST_IMAGES, Lazy
+from memprof.tasks._sources import Lazy
 
 if TYPE_CHECKING:
     from torch import nn
 
 #: Called after each sample with the run so far and how many samples it is to have.
 Progress = Callable[[Run, int], None]
-
-#: What is recorded of a token stays in memory until its sample is done, so a prompt's tokens have a limit.
-MOST_NEW_TOKENS = 32_768
 
 #: The note of a run that could not be warmed up.
 COLD = "no sample finished to warm up with: workspaces that last are counted as dynamic"
@@ -56,9 +54,15 @@ class Complete(NamedTuple):
     setup: Setup
 
     def ask(self, prompt: Prompt | Shape, *, seed: int | None = None, new_tokens: int | None = None) -> Ask:
-        """What the spec asks about ``prompt``; its own seed and number of tokens unless told otherwise."""
+        """What the spec asks about ``prompt``; its own seed and number of tokens unless told otherwise.
+
+        Raises:
+            BadValue: Prompts side by side are too long in all.
+        """
+        prompt = prompt if isinstance(prompt, Prompt) else Prompt(prompt)
+        limits.check_whole(prompt.shape.length, prompt.shape.batch)
         return Ask(
-            self.pruner, self.spec.stack, prompt if isinstance(prompt, Prompt) else Prompt(prompt),
+            self.pruner, self.spec.stack, prompt,
             self.spec.max_new_tokens if new_tokens is None else new_tokens, self.spec.seed if seed is None else seed,
         )  # fmt: skip
 
@@ -77,16 +81,10 @@ def complete_spec(spec: RunSpec) -> Complete:
     if spec.attention not in ATTENTIONS:
         raise UnknownName("attention", spec.attention, ATTENTIONS)
     METERS.load(spec.device)
-    if spec.max_new_tokens < 1:
-        raise BadValue(f"max_new_tokens={spec.max_new_tokens} is below 1")
-    if spec.max_new_tokens > MOST_NEW_TOKENS:
-        raise BadValue(f"max_new_tokens={spec.max_new_tokens} is above the limit of {MOST_NEW_TOKENS}")
     if not -(2**63) <= spec.seed < 2**62:
         raise BadValue(f"seed={spec.seed} is no seed: write one of at most 62 bits")
-    for name, most in (("max_tiles", None), ("images", MOST_IMAGES), ("batch", MOST_BATCH)):
-        value = getattr(spec, name)
-        if value is not None and not 1 <= value <= (most or value):
-            raise BadValue(f"{name}={value} is {'below 1' if value < 1 else f'above the limit of {most}'}")
+    for name in ("max_new_tokens", "max_tiles", "images", "batch", "text_tokens", "limit"):
+        limits.check(name, getattr(spec, name))
     _check_cuts(spec, model, pruner)
     attention = "eager" if pruner.eager else spec.attention
     shipped = model.family.shipped(model) is not None and spec.weights == "random"
@@ -95,6 +93,14 @@ def complete_spec(spec: RunSpec) -> Complete:
         weights=find.SHIPPED if shipped else spec.weights,
     )  # fmt: skip
     return Complete(spec, pruner, TASKS.build(spec.task), Setup.of(spec, model))
+
+
+def check_distinct(specs: Sequence[RunSpec]) -> None:
+    """Raise UsageError where two of several completed specs are of one method, equal in full."""
+    methods = [spec.method for spec in specs]
+    for method in methods:
+        if methods.count(method) > 1:
+            raise UsageError(f"method {method} is given twice; name each once")
 
 
 def _check_cuts(spec: RunSpec, model: Model, pruner: Pruner) -> None:
@@ -113,7 +119,7 @@ def samples_of(model: Model, task: Task, spec: RunSpec) -> tuple[Sequence[Sample
     """The samples of a run and how they are to be named: the task's, or a self-contained model's own."""
     family = model.family
     if spec.data != "bundled" or family.shipped(model) is None:
-        return _as_asked(task.samples(spec.data, spec.limit), task, spec), task.label(spec.data)
+        return _as_asked(task.samples(spec.data, spec.limit, spec.text_tokens), task, spec), task.label(spec.data)
     found = []
     for own in family.own_questions(task.name, spec.limit):
         asked, (width, height) = own.question(), own.size()

@@ -17,10 +17,12 @@ from types import FrameType
 from typing import Any, NoReturn
 
 GRACE_SECONDS = 5
-#: What is said where no command said more.
-KEPT = "what was finished is kept; the same command with --resume or the same -o goes on"
+#: What is said where no command said more: most write what they found when all of it is there.
+NOTHING = "nothing was kept; run the same command again"
 
 _asked: int | None = None
+#: What commands have to say of what they keep, the innermost last.
+_words: list[Callable[[], str]] = []
 
 
 class Terminated(KeyboardInterrupt):
@@ -31,6 +33,7 @@ def listen() -> None:
     """Answer SIGINT and SIGTERM from now on, in this process and not in its copies."""
     global _asked
     _asked = None
+    _words.clear()
     signal.signal(signal.SIGTERM, _stop)
     if signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:  # as nohup and a shell's & have it
         signal.signal(signal.SIGINT, _stop)
@@ -56,12 +59,18 @@ def asked() -> bool:
 @contextmanager
 def kept(words: Callable[[], str]) -> Iterator[None]:
     """Should the process be stopped in here, ``words()`` say what is kept and how to go on."""
+    _words.append(words)
     try:
         yield
     except KeyboardInterrupt as error:
         if not getattr(error, "__notes__", None):  # the innermost words are the ones that count
             error.add_note(words())
+        raise  # with the words left there, for a process that does not come to its end
+    except BaseException:
+        _words.pop()
         raise
+    else:
+        _words.pop()
 
 
 def said(error: BaseException) -> str:
@@ -71,7 +80,7 @@ def said(error: BaseException) -> str:
         if notes := getattr(seen, "__notes__", None):
             return f"memprof: {_word()}; {notes[0]}\n"
         seen = seen.__cause__ or seen.__context__
-    return f"memprof: {_word()}; {KEPT}\n"
+    return f"memprof: {_word()}; {NOTHING}\n"
 
 
 def code() -> int:
@@ -95,7 +104,10 @@ def _stop(number: int, frame: FrameType | None) -> None:
 
 def _end(*_: Any) -> None:
     """End at once, also where an exception would not arrive."""
-    os.write(2, f"memprof: {_word()}; {KEPT}\n".encode())
+    said = NOTHING
+    with suppress(Exception):
+        said = _words[-1]()
+    os.write(2, f"memprof: {_word()}; {said}\n".encode(errors="backslashreplace"))
     os._exit(code())
 
 

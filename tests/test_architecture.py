@@ -16,13 +16,13 @@ ROOT = Path(memprof.__file__).parent
 #: For each room, the rooms it may import; arrows go one way (ARCHITECTURE.md).
 GROUND = {
     "errors", "files", "plain", "version", "units", "intervals", "forks", "bracket", "scopes", "environment", "plugins",
-    "alone", "allowance", "host", "lines", "prompts", "script", "records", "asked", "stopping", "store",
+    "alone", "allowance", "host", "lines", "prompts", "script", "records", "asked", "stopping", "store", "limits",
 }
 ALLOWED = {
     "errors": set(), "version": set(), "plain": set(), "scopes": set(), "bracket": set(), "host": set(),
     "alone": set(), "lines": set(), "stopping": set(),
     "forks": {"alone"}, "units": {"errors"}, "allowance": {"errors", "units"}, "script": {"errors"}, "catching": set(),
-    "files": {"alone", "errors"}, "intervals": {"errors"}, "plugins": {"errors"},
+    "files": {"alone", "errors"}, "intervals": {"errors"}, "limits": {"errors"}, "plugins": {"errors"},
     "environment": {"version"}, "prompts": {"plain"},
     "records": {"errors", "intervals", "plain", "plugins", "prompts"}, "asked": {"records"},
     "store": {"errors", "files", "records"},

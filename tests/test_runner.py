@@ -13,6 +13,7 @@ from memprof import forks, runner
 from memprof.bench import Bench, generate
 from memprof.errors import BadValue, DataError, DoesNotFit, UnknownName, UsageError
 from memprof.forecasts import Ask
+from memprof.limits import LIMITS, MOST_IN_ALL
 from memprof.meters.cpu import CpuMeter
 from memprof.models.find import find
 from memprof.prompts import Shape
@@ -171,6 +172,12 @@ def test_one_bad_sample_does_not_end_a_run(tmp_path: Path, shapes: str, monkeypa
         ({"task": "ai3d"}, UnknownName, "ai2d"),
         ({"max_new_tokens": 0}, BadValue, "max_new_tokens"),
         ({"max_tiles": 0}, BadValue, "max_tiles"),
+        *(
+            ({name: most + 1}, BadValue, f"{name}={most + 1} is above the limit of {most}")
+            for name in ("max_new_tokens", "max_tiles", "images", "batch", "text_tokens", "limit")
+            for most in [LIMITS[name][1]]
+        ),
+        ({"images": 1.5}, BadValue, "images=1.5 is not a whole number"),
         ({"attention": "bogus"}, UnknownName, "eager, sdpa"),
         ({"attention": "flash_attention_2"}, UnknownName, "eager, sdpa"),
     ],
@@ -178,6 +185,12 @@ def test_one_bad_sample_does_not_end_a_run(tmp_path: Path, shapes: str, monkeypa
 def test_mistakes_show_before_a_model_is_built(changes: dict[str, Any], error: type[Exception], says: str) -> None:
     with pytest.raises(error, match=says):
         complete_spec(spec(**changes))
+
+
+def test_prompts_side_by_side_have_a_limit_in_all(shapes: str, tmp_path: Path) -> None:
+    done = run(spec(model="proving", data=shapes, batch=LIMITS["batch"][1], text_tokens=MOST_IN_ALL // 1000), tmp_path)
+    assert {sample.status for sample in done.samples} == {"failed"}
+    assert f"above the limit of {MOST_IN_ALL}" in (done.samples[0].error or "")
 
 
 def test_a_model_that_cannot_be_built_costs_no_run(shapes: str, tmp_path: Path) -> None:

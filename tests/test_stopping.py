@@ -156,6 +156,43 @@ def test_a_run_that_is_ended_says_so_at_any_time(
 
 
 #: Ends as the command line does, and sends itself a signal at one of the instants after that.
+STOPPED = """
+import signal, time
+from memprof import stopping
+stopping.listen()
+stopping.GRACE_SECONDS = 1
+def work():
+    signal.raise_signal(signal.SIGTERM)
+def hung():
+    try:
+        work()
+    except KeyboardInterrupt:
+        time.sleep(60)
+try:
+    with stopping.kept(lambda: "one is kept"):
+        pass
+    {}
+except BaseException as error:
+    stopping.finish(error)
+    stopping.leave()
+"""
+
+
+@pytest.mark.parametrize(
+    ("doing", "said"),
+    [
+        ("work()", "nothing was kept; run the same command again"),
+        ("hung()", "nothing was kept; run the same command again"),
+        ("with stopping.kept(lambda: 'two are kept'): work()", "two are kept"),
+        ("with stopping.kept(lambda: 'two are kept'): hung()", "two are kept"),
+        ("with stopping.kept(lambda: 1 / 0): hung()", "nothing was kept; run the same command again"),
+    ],
+)
+def test_what_is_said_to_be_kept_is_what_the_command_keeps(doing: str, said: str) -> None:
+    done = subprocess.run([sys.executable, "-c", STOPPED.format(doing)], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (128 + signal.SIGTERM, f"memprof: terminated; {said}\n")
+
+
 LATE = """
 import atexit, os, signal, sys, threading
 import memprof.cli

@@ -23,7 +23,7 @@ from memprof import records, scopes
 from memprof.bench.generate import place
 from memprof.calls import NOTHING
 from memprof.cli import main
-from memprof.errors import DoesNotFit, MemprofError, RunExists, UnknownName, UsageError, WeightsError
+from memprof.errors import BadValue, DoesNotFit, MemprofError, RunExists, UnknownName, UsageError, WeightsError
 from memprof.gpus import CONTEXT_BYTES
 from memprof.profiler import Profiler
 from memprof.pruning import build_pruner
@@ -113,6 +113,12 @@ def test_the_surface_is_frozen() -> None:
     offered = {name for name in dir(memprof.Profile) if not name.startswith("_")} - {"of"}
     fields = {field.name for field in dataclasses.fields(memprof.Profile)}
     assert offered | fields == {*PROFILE, *VALUES}
+
+
+def test_a_tab_completes_what_is_offered_and_nothing_else() -> None:
+    code = "import memprof; print(sorted(dir(memprof)) == sorted(memprof.__all__))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout == "True\n"
 
 
 def test_every_record_says_what_its_fields_are() -> None:
@@ -511,12 +517,49 @@ def test_what_no_prompt_can_be_is_refused() -> None:
     ):  # fmt: skip
         with pytest.raises(UsageError, match=said):
             memprof.predict("proving", images=[(80, 80)], **wrong)
+    beyond: list[dict[str, Any]] = [
+        {"text_tokens": 10**12}, {"new_tokens": 10**9}, {"max_tiles": 10**8}, {"text_tokens": 10**6, "batch": 5},
+    ]  # fmt: skip
+    for more in beyond:
+        with pytest.raises(UsageError, match="above the limit"):
+            memprof.predict("proving", **more)
     with pytest.raises(UnknownName):
         memprof.predict("nonesuch")
     from transformers import CLIPVisionConfig
 
     with pytest.raises(WeightsError, match="no family"):
         memprof.predict(CLIPVisionConfig())
+
+
+def test_a_model_without_sdpa_is_predicted_as_its_window_is() -> None:
+    from transformers import MambaConfig
+
+    config = MambaConfig(vocab_size=100, hidden_size=32, num_hidden_layers=2, state_size=4)
+    inputs = {"input_ids": torch.ones(1, 8, dtype=torch.long)}
+    run = memprof.predict(config, inputs, new_tokens=2)
+    with memprof.weightless(config) as empty, memprof.profile(empty) as there:
+        empty.generate(**inputs, max_new_tokens=2)
+    assert run.samples[0].ok
+    assert run.peak == there.peak
+    with pytest.raises(UsageError, match="sdpa"):
+        memprof.predict(config, inputs, attention="sdpa")
+
+
+@pytest.mark.parametrize(
+    "images",
+    [
+        [(0, 5)], [(-5, 10)], [(100.5, 10)], [(10**12, 10)], ["a.png"], (1600, 1200), "a.png", 3, [(1, 2, 3)],
+        [(80, 80)] * 1001,
+    ],
+)  # fmt: skip
+def test_images_that_no_picture_can_be_are_refused_in_a_line(images: Any) -> None:
+    for asked in (
+        lambda: memprof.predict("proving", images=images),
+        lambda: memprof.predict("proving", {"input_ids": torch.ones(1, 2, dtype=torch.long)}, images=images),
+    ):
+        with pytest.raises(BadValue, match=r"image|width|height") as told:
+            asked()
+        assert "\n" not in str(told.value)
 
 
 # -- notebooks ---------------------------------------------------------------------------------------------------------

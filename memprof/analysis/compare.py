@@ -21,7 +21,7 @@ from memprof.families import Model
 from memprof.intervals import bootstrap, intervals
 from memprof.pruning import METHODS, build_pruner
 from memprof.records import Run, RunSpec, SampleRecord, device_bytes
-from memprof.runner import Judge, Progress, complete_spec
+from memprof.runner import Judge, Progress, check_distinct, complete_spec
 from memprof.runner import run as make_run
 from memprof.telling import facts
 from memprof.telling.palette import method_label
@@ -79,12 +79,16 @@ def make(
         judge: Compares answers with the unpruned ones.
         begin: Told of each method before it runs.
         progress: Told of each sample.
+
+    Raises:
+        UsageError: A method cannot be asked for, or two are equal in full.
     """
     bench: Bench | None = None
     study: Study | None = None
-    for method in specs:
+    every = [complete_spec(dataclasses.replace(asked, method=method)) for method in specs]
+    check_distinct([done.spec for done in every])
+    for method, done in zip(specs, every, strict=True):
         begin(method)
-        done = complete_spec(dataclasses.replace(asked, method=method))
         bench, study = bench or Bench(done.setup), study or Study(done.setup.model)
         path = folder / facts.slug(done.spec.method.replace(":", "_").replace(",", "_"))
         try:

@@ -17,6 +17,8 @@ from memprof.errors import BadValue, DataError, DoesNotFit
 from memprof.families import Model
 from memprof.forecasts.windows import cached_by_first, windows_of
 from memprof.gpus import Card, calibrated, find_card
+from memprof.limits import MOST_IN_ALL, check
+from memprof.models.heeding import check_heeded
 from memprof.prompts import Shape
 from memprof.pruning import METHODS, kept_share, method_name, method_spec
 from memprof.records import Memory, Run, RunSpec, SampleRecord
@@ -81,6 +83,8 @@ class Fit:
         fits: Whether it fits.
         limits: How far each thing can go.
         give: What would make it fit, where it does not.
+        refusal: Why nothing fits at all, in one line: the weights alone do not, or not the least prompt. Then there are
+            no limits.
     """
 
     model: str
@@ -95,13 +99,27 @@ class Fit:
     fits: bool
     limits: tuple[Limit, ...]
     give: tuple[str, ...]
+    refusal: str = ""
 
     def to_json(self) -> dict[str, Any]:
         """This answer as plain data."""
         return dataclasses.asdict(self)
 
 
-def fit(
+def fit(spec: RunSpec, card: Card, **how: Any) -> Fit:
+    """As :func:`answer`, where something fits.
+
+    Raises:
+        DoesNotFit: The weights alone, or the least prompt, do not fit; says what would.
+        UsageError: An unknown name, or a value outside its range.
+    """
+    found = answer(spec, card, **how)
+    if found.refusal:
+        raise DoesNotFit(found.refusal)
+    return found
+
+
+def answer(
     spec: RunSpec,
     card: Card,
     *,
@@ -111,7 +129,7 @@ def fit(
     question_tokens: int = QUESTION_TOKENS,
     bench: Bench | None = None,
 ) -> Fit:
-    """What fits on ``card`` when ``spec``'s model runs under its method, stack and dtype; predicted.
+    """What fits on ``card`` when ``spec``'s model runs under its method, stack and dtype, if anything; predicted.
 
     Args:
         spec: Its task, data, limit and card are not looked at; ``max_new_tokens`` is the answer's length.
@@ -123,24 +141,29 @@ def fit(
         bench: Where the model is kept.
 
     Raises:
-        DoesNotFit: The weights alone, or the least prompt, do not fit; says what would.
         UsageError: An unknown name, or a value outside its range.
     """
     card = calibrated(card)
     if card.memory_bytes is None:
         raise BadValue(f"card {card.name!r} has no limit that something could fit into; give a card's name or a size")
+    for name, number in (("tiles", tiles), ("images", images), ("text_tokens", question_tokens)):
+        check(name, number)
     gpu_bytes = card.memory_bytes
     context_bytes = card.context_bytes if context_bytes is None else context_bytes
     # Here is the limit, not in the allocator: what is too large is to be known as well.
     spec, _, _, setup = complete_spec(predicting(spec, data="bundled", limit=None, gpu=card.any_memory))
+    check_heeded(setup.model, images=images if images > 1 else None, tiles=tiles)
     bench = bench.set_up(setup) if bench is not None else Bench(setup)
     desk = _Desk(spec, bench, context_bytes, question_tokens)
+    told = partial(
+        Fit, spec.model, spec.method, spec.stack, spec.dtype, card.name, gpu_bytes, context_bytes, desk.static_bytes
+    )
     if tiles is None:
         tiles = setup.model.family.most_tiles(setup.model)
-    if tiles < 1 or images < 1 or question_tokens < 0:
-        raise BadValue("tiles and images must be at least 1, and a question cannot have fewer than 0 tokens")
+    _check_shown(setup.model, tiles, images)
     if desk.static_bytes + context_bytes > gpu_bytes:
-        raise DoesNotFit(_weights_alone(desk, gpu_bytes, context_bytes))
+        said, static = _weights_alone(desk, gpu_bytes, context_bytes), desk.static_bytes
+        return told(Need(static, static, static + context_bytes, "the weights"), False, (), (), said)
     shown = Shown(tiles, images)
     desk.foresee(spec.method, shown)
     asked = desk.need(spec.method, shown)
@@ -156,15 +179,13 @@ def fit(
     if not fits and all(limit.largest is None for limit in limits):
         least = desk.need(spec.method, Shown(1))
         if least.device_bytes > gpu_bytes:
-            raise DoesNotFit(
+            said = (
                 f"not even one tile fits {format_bytes(gpu_bytes)}: it needs {format_bytes(least.device_bytes)}, "
                 f"{format_bytes(context_bytes, 'MiB', 0)} of CUDA context among it; most of what lies above the "
                 f"weights is held by {least.held_by}. What would help: {'; '.join(give)}"
             )
-    return Fit(
-        spec.model, spec.method, spec.stack, spec.dtype, card.name, gpu_bytes, context_bytes, desk.static_bytes, asked,
-        fits, limits, give,
-    )  # fmt: skip
+            return told(asked, False, (), give, said)
+    return told(asked, fits, limits, give)
 
 
 def need_of(run: Run, sample: SampleRecord) -> Need:
@@ -188,6 +209,15 @@ def _need(memory: Memory, context_bytes: int) -> Need:
 def searched_tiles(model: Model) -> int:
     """Most tiles of a prompt that are looked at, of all its images."""
     return min(MOST_TILES, model.family.searched_images * model.family.most_tiles(model))
+
+
+def _check_shown(model: Model, tiles: int, images: int) -> None:
+    """Raise BadValue where so much is asked for that looking at it, and at what is beside it, would not end."""
+    batched = model.family.one_batch(model)
+    asked, most = (tiles * images, 8 * MOST_TILES) if batched else (images, 4 * model.family.searched_images)
+    if model.family.sees and asked > most:
+        what = "tiles of all images" if batched else "images"
+        raise BadValue(f"{asked} {what} are more than the {most} that fit looks at for {model.name}")
 
 
 @dataclass(frozen=True)
@@ -301,7 +331,8 @@ def _batch(desk: _Desk, gpu_bytes: int, shown: Shown) -> Limit:
     if complete_spec(desk.spec).pruner.stages(desk.shape(shown).visual_tokens, desk.model.layers):
         fits = desk.need(desk.spec.method, shown).device_bytes <= gpu_bytes
         return Limit("batch", 1, 1 if fits else None, None, "pruning cuts one prompt at a time")
-    most = max(1, desk.model.family.searched_prompts // shown.images)
+    room = MOST_IN_ALL // desk.shape(shown).length
+    most = max(1, min(desk.model.family.searched_prompts // shown.images, room))
     largest, needs = desk.largest("batch", shown, gpu_bytes, most)
     return Limit("batch", 1, largest, needs, _looked_at(most) if largest == most else "prompts of equal length")
 
@@ -320,6 +351,8 @@ def _new_tokens(desk: _Desk, gpu_bytes: int, shown: Shown) -> Limit:
     last = columns.peak_allocated_bytes[-1] + unused + desk.context_bytes
     if asked.device_bytes > gpu_bytes:
         return Limit("new tokens", made, None, None, "the prompt alone is too large")
+    if most < 1:
+        return Limit("new tokens", made, None, None, f"the prompt alone is beyond: {bound}")
     grown = partial(_grown, memory, windows, begun + made - 1)
     more = bisect_right(range(1, max(0, most - made) + 1), gpu_bytes - last, key=grown)
     needs = max(asked.device_bytes, last + grown(more))

@@ -26,8 +26,10 @@ from memprof.version import VERSION
 
 app = typer.Typer(
     name="memprof",
-    help="Where the memory of a vision-language model goes while it generates, token by token.",
-    epilog="Start with:  memprof run --method baseline --method topv --task ai2d",
+    help=(
+        "Where the memory of a vision-language model goes while it generates, token by token.\n\n"
+        "Start with:  memprof run --method baseline --method topv --task ai2d"
+    ),
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,

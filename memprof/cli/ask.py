@@ -57,7 +57,7 @@ def ask(
     from memprof.analysis.ask import ask as ask_model
     from memprof.analysis.ask import open_picture
     from memprof.reports import answers
-    from memprof.runner import complete_spec
+    from memprof.runner import check_distinct, complete_spec
     from memprof.units import check_unit, unit_for
 
     if unit is not None:
@@ -76,6 +76,7 @@ def ask(
         )
         for one in method
     ]  # fmt: skip
+    check_distinct([one.spec for one in specs])
     with _watch(quiet=quiet or json) as progress:
         asked = ask_model(specs, picture, prompt, image.name, progress=progress)
     unit = unit_for(max(one.sample.peak_allocated_bytes for one in asked.answers), unit)

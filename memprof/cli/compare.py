@@ -58,6 +58,7 @@ def compare(
     from memprof.analysis import compare as study
     from memprof.cli.run import _judge
     from memprof.runner import complete_spec
+    from memprof.stopping import kept
     from memprof.telling import facts
     from memprof.units import check_unit, unit_for
 
@@ -73,7 +74,8 @@ def compare(
     ).spec  # fmt: skip
     folder = output or Path("runs") / f"compare_{facts.slug(asked.model)}_{asked.task}"
     judge = _judge(asked, fidelity)
-    with _progress(len(specs), quiet=quiet or json) as (begin, sample):
+    words = f"finished samples are kept; the same command with -o {folder} goes on"
+    with kept(lambda: words), _progress(len(specs), quiet=quiet or json) as (begin, sample):
         found = study.make(asked, specs, folder, judge=judge, begin=begin, progress=sample)
     document = study.document(found)
     unit = unit_for(max(row["dynamic_peak_bytes"] for row in document["rows"]), unit)

@@ -51,6 +51,7 @@ def fit(
     memprof fit --gpu 6GiB --stack paper --method topv --context 600MiB --json
     """
     from memprof import api
+    from memprof.errors import DoesNotFit
     from memprof.units import check_unit, unit_for
 
     if unit is not None:
@@ -60,6 +61,8 @@ def fit(
         max_new_tokens=max_new_tokens, max_tiles=max_tiles, tiles=tiles if tiles is not None else max_tiles,
         images=images, question_tokens=text_tokens,
     )  # fmt: skip
+    if found.refusal:
+        raise DoesNotFit(found.refusal)
     if json:
         import json as _json
 

@@ -37,6 +37,7 @@ def harness(
     """
     from memprof.errors import MemprofError, UnknownName
     from memprof.harness.watching import check_new
+    from memprof.stopping import kept
 
     if name not in ADAPTERS:
         raise UnknownName("harness", name, ADAPTERS)
@@ -45,6 +46,6 @@ def harness(
         raise MemprofError(f"{name} is not installed here: {install}")
     check_new(out)
     adapter = importlib.import_module(f"memprof.harness.{module}")
-    with adapter.watched(out):
+    with kept(lambda: f"samples that were finished are kept below {out}"), adapter.watched(out):
         adapter.main(words)
     typer.echo(f"saved below {out}; next: memprof report {out}")

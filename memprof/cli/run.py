@@ -87,7 +87,8 @@ def run(
     from memprof.cli._runs import remember
     from memprof.errors import DataError, DoesNotFit, OutOfMemory, UsageError
     from memprof.gpus import find_card
-    from memprof.runner import complete_spec
+    from memprof.runner import check_distinct, complete_spec
+    from memprof.runner import run as make
     from memprof.stopping import kept
     from memprof.store import SAMPLES_FILE
     from memprof.units import check_unit
@@ -114,6 +115,7 @@ def run(
     ]  # fmt: skip
     done = [complete_spec(one) for one in asked]  # every mistake shows before a model is built
     specs = [one.spec for one in done]
+    check_distinct(specs)
     output = output or _new_folder(specs[0])
     paths = folders(output, specs)
     judge = _judge(specs[0], fidelity)
@@ -123,7 +125,7 @@ def run(
         for spec, path in zip(specs, paths, strict=True):
             bench.on_recording = partial(watch.recording, spec.method)
             runs.append(
-                api.run(
+                make(
                     spec, path, bench=bench, resume=resume, force=force, retry_failed=retry_failed,
                     progress=watch.sample, judge=judge,
                 )

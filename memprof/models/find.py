@@ -11,12 +11,11 @@ import inspect
 import json
 import re
 from collections.abc import Callable, Mapping
-from difflib import get_close_matches
 from functools import cache
 from pathlib import Path
 from typing import Any
 
-from memprof.errors import UnknownName, WeightsError
+from memprof.errors import UnknownName, WeightsError, did_you_mean
 from memprof.families import FAMILIES, Family, Model
 from memprof.families._towers import check_tower
 from memprof.files import read_json
@@ -150,9 +149,7 @@ def _of_hub(name: str) -> Model | None:
     try:
         where = locate_cached(name)
     except WeightsError as error:
-        near = get_close_matches(name.lower(), hubs, n=1)
-        hint = f" (did you mean {hubs[near[0]].hub!r}?)" if near else ""
-        raise WeightsError(f"{error}{hint}") from None
+        raise WeightsError(f"{error}{did_you_mean(name, (model.hub for model in hubs.values()))}") from None
     return _read(where, None, name)
 
 

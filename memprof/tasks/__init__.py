@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
+from memprof import limits
 from memprof.errors import BadRow, BadValue, DataError
 from memprof.plugins import Registry
 from memprof.tasks import _sources
@@ -118,22 +119,24 @@ class Task(ABC):
         """The name by which ``TASKS`` finds it."""
         return type(self).__module__.rpartition(".")[2].replace("_", "-")
 
-    def samples(self, data: str = "bundled", limit: int | None = None) -> Sequence[Sample]:
+    def samples(
+        self, data: str = "bundled", limit: int | None = None, text_tokens: int | None = None
+    ) -> Sequence[Sample]:
         """The first ``limit`` samples of ``data``, each made when it is indexed.
 
         Args:
             data: ``bundled``, ``hub``, or a path (.csv of shapes, .tsv, .parquet, .jsonl, a folder with one of the
                 last two).
             limit: How many at most, or None for all.
+            text_tokens: Of each row of a .csv that says none; None: each must say it.
 
         Raises:
             DataError: The data cannot be read. Rows are looked at here until one is sound, so a wrong file shows before
                 a model is loaded. A broken picture is no such error: its sample is there, and its ``image()`` raises.
-            BadValue: ``limit`` is below 1, or the task has no data set on the hub.
+            BadValue: ``limit`` is none that there can be, or the task has no data set on the hub.
         """
-        if limit is not None and limit < 1:
-            raise BadValue(f"limit={limit} is below 1")
-        make, rows = self._sample, self._rows(data, limit)
+        limits.check("limit", limit)
+        make, rows = self._sample, self._rows(data, limit, text_tokens)
         if _is_shapes(data):
             make = _shape
         samples = _sources.Lazy(len(rows), lambda index: make(rows[index]))
@@ -167,12 +170,12 @@ class Task(ABC):
         named = {c: {"samples": len(g), "score": _mean(g)} for c, g in by_category.items() if c is not None}
         return totals | ({"categories": named} if named else {})
 
-    def _rows(self, data: str, limit: int | None) -> Sequence[_sources.Row]:
+    def _rows(self, data: str, limit: int | None, text_tokens: int | None) -> Sequence[_sources.Row]:
         if data == "bundled":
             return _sources.read_bundled(self.name, limit)
         if data == "hub":
             return _sources.read_hub(*self._hub(), limit)
-        return _sources.read_path(Path(data), limit)
+        return _sources.read_path(Path(data), limit, text_tokens)
 
     def _hub(self) -> tuple[str, str]:
         if self.hub is None:
@@ -195,8 +198,9 @@ class Task(ABC):
 
 def _tokens(count: Any) -> int | None:
     """A row's own count of tokens, checked; None where it has none."""
-    if count is not None and (type(count) is not int or not 0 <= count <= _sources.MOST_TOKENS):
-        raise ValueError(f"text_tokens is {count!r:.40}, and not a whole number from 0 to {_sources.MOST_TOKENS}")
+    least, most = limits.LIMITS["text_tokens"]
+    if count is not None and (type(count) is not int or not least <= count <= most):
+        raise ValueError(f"text_tokens is {count!r:.40}, and not a whole number from {least} to {most}")
     return count
 
 

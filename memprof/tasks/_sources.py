@@ -34,6 +34,7 @@ from typing import Any, TypeVar, overload
 
 from memprof.errors import DataError
 from memprof.files import kind_of, read_bytes
+from memprof.limits import LIMITS
 from memprof.tasks._pictures import Drawn, Encoded, Picture
 
 T = TypeVar("T")
@@ -41,14 +42,13 @@ T = TypeVar("T")
 #: Suffixes of pictures in a folder that has no list of them.
 PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff")
 SHAPE_COLUMNS = ("width", "height", "text_tokens")
+#: All that a row of shapes is read for.
+_READ_COLUMNS = (*SHAPE_COLUMNS, "id", "images", "batch")
 #: VLMEvalKit: an image field of at most this many characters is the index of the row that holds the image.
 _REFERENCE_CHARS = 64
 _IMAGE = "image"
 #: No encoded picture has more bytes.
 MOST_BYTES = 2**29
-#: What a row may ask for: beyond it lies a slip of the pen, and no model.
-MOST_TOKENS, MOST_PIXELS = 1_000_000, 1_000_000
-MOST_IMAGES, MOST_BATCH = 1_000, 10_000
 
 
 @dataclass(frozen=True)
@@ -80,8 +80,8 @@ class Lazy(Sequence[T]):
         return [self._make(i) for i in at] if isinstance(at, range) else self._make(at)
 
 
-def read_path(path: Path, limit: int | None) -> Sequence[Row]:
-    """The rows of a file or folder, told by its suffix.
+def read_path(path: Path, limit: int | None, text_tokens: int | None = None) -> Sequence[Row]:
+    """The rows of a file or folder, told by its suffix; ``text_tokens`` as in :func:`read_shapes`.
 
     Raises:
         DataError: Nothing is there, the form is unknown, or the file is broken.
@@ -104,7 +104,7 @@ def read_path(path: Path, limit: int | None) -> Sequence[Row]:
         ".tsv": read_tsv,
         ".jsonl": read_jsonl,
         ".parquet": lambda file, limit: read_parquet([file], limit),
-        ".csv": read_shapes,
+        ".csv": functools.partial(read_shapes, text_tokens=text_tokens),
     }
     if not path.is_file():
         raise DataError(f"cannot read {path}: it is {kind_of(path)}")
@@ -154,8 +154,13 @@ def read_bundled(name: str, limit: int | None) -> Sequence[Row]:
 # ----------------------------------------------------------------------------------------------------- shapes
 
 
-def read_shapes(path: Path, limit: int | None) -> Sequence[Row]:
+def read_shapes(path: Path, limit: int | None, text_tokens: int | None = None) -> Sequence[Row]:
     """Shapes from a CSV; the picture of each is drawn at its size.
+
+    Args:
+        path: The file.
+        limit: Rows at most.
+        text_tokens: Of a row that says none, and then no column need.
 
     Raises:
         DataError: The file or a line is broken; the message names the line.
@@ -164,25 +169,26 @@ def read_shapes(path: Path, limit: int | None) -> Sequence[Row]:
     with _text(path) as file:
         reader = csv.reader(file)
         header = [name.strip().lower() for name in next(_lines(reader, path), [])]
-        _need_columns(path, header, SHAPE_COLUMNS)
+        _need_columns(path, header, SHAPE_COLUMNS if text_tokens is None else SHAPE_COLUMNS[:2])
+        if twice := [name for name in _READ_COLUMNS if header.count(name) > 1]:
+            raise DataError(f"{path.name}, line 1: column {twice[0]} stands twice")
         for fields in itertools.islice(_lines(reader, path), limit):
             where = f"{path.name}, line {reader.line_num}"
             if len(fields) != len(header):
                 raise DataError(f"{where}: {len(fields)} fields, but the header has {len(header)}")
             values = dict(zip(header, (f.strip() for f in fields), strict=True))
-            width, height = (_whole(values, name, where, 1, MOST_PIXELS) for name in ("width", "height"))
-            tokens = _whole(values, "text_tokens", where, 0, MOST_TOKENS)
+            if text_tokens is not None:
+                values["text_tokens"] = values.get("text_tokens") or str(text_tokens)
+            width, height, tokens = (_whole(values, name, where) for name in SHAPE_COLUMNS)
             sample_id = values.get("id") or f"{len(rows):05d}"
-            images, batch = (
-                _whole(values, name, where, 1, most) if values.get(name) else 1
-                for name, most in (("images", MOST_IMAGES), ("batch", MOST_BATCH))
-            )
+            images, batch = (_whole(values, name, where) if values.get(name) else 1 for name in ("images", "batch"))
             picture, sizes = Drawn(width, height, sample_id), {"text_tokens": tokens, "batch": batch}
             rows.append(Row(sample_id, sizes, picture, where, (picture,) * (images - 1)))
     return _checked(path, rows)
 
 
-def _whole(values: Mapping[str, str], name: str, where: str, least: int, most: int) -> int:
+def _whole(values: Mapping[str, str], name: str, where: str) -> int:
+    least, most = LIMITS[name]
     try:
         number = int(values[name])
     except ValueError:
@@ -301,7 +307,7 @@ def read_jsonl(path: Path, limit: int | None) -> Sequence[Row]:
 def _paths(given: Any) -> list[str]:
     """The paths in an ``image`` field: one, or a list of them; none where it is anything else."""
     found = given if isinstance(given, list) else [given]
-    return found if len(found) <= MOST_IMAGES and all(isinstance(name, str) for name in found) else []
+    return found if len(found) <= LIMITS["images"][1] and all(isinstance(name, str) for name in found) else []
 
 
 # ------------------------------------------------------------------------------------------- parquet and the hub

@@ -8,11 +8,13 @@ from typing import Any
 
 import pytest
 from tiny import tiny_card
+from typed import call
 
+from memprof import api
 from memprof.analysis import fit as module
 from memprof.analysis.fit import fit
 from memprof.bench import Bench
-from memprof.errors import DoesNotFit
+from memprof.errors import BadValue, DoesNotFit
 from memprof.families import FAMILIES
 from memprof.gpus import CARDS, CONTEXT_BYTES, find_card
 from memprof.models import find
@@ -129,3 +131,40 @@ def test_what_is_asked_for_is_looked_at_however_much_it_is(spec: RunSpec) -> Non
 def test_what_the_model_has_no_positions_for_does_not_fit(spec: RunSpec) -> None:
     found = fit(spec, find_card("1GiB"), tiles=1, question_tokens=find.find("").positions)
     assert {limit.name: limit.largest for limit in found.limits}["images"] is None
+
+
+def test_a_prompt_beyond_the_positions_leaves_no_room_for_an_answer(spec: RunSpec) -> None:
+    found = fit(spec, find_card("1GiB"), tiles=1, question_tokens=find.find("").positions)
+    (answer,) = (limit for limit in found.limits if limit.name == "new tokens")
+    assert answer.largest is None
+    assert "positions" in answer.note
+
+
+@pytest.mark.parametrize("asked", ["tiles", "images", "question_tokens"])
+def test_what_no_prompt_can_be_is_refused_at_once(spec: RunSpec, asked: str) -> None:
+    with pytest.raises(BadValue, match="above the limit"):
+        fit(spec, find_card("1GiB"), **{asked: 10**12})
+
+
+def test_more_than_can_be_looked_at_is_refused_at_once(spec: RunSpec) -> None:
+    with pytest.raises(BadValue, match=f"more than the {8 * module.MOST_TILES} that fit looks at"):
+        fit(spec, find_card("1GiB"), tiles=8 * module.MOST_TILES, images=2)
+
+
+@pytest.mark.parametrize("room", [MIB, 20 * MIB])
+def test_where_nothing_fits_the_answer_says_so(spec: RunSpec, room: int) -> None:
+    card = find_card(f"{CONTEXT_BYTES + room}B")
+    found = module.answer(spec, card, tiles=1)
+    assert not found.fits
+    assert found.refusal
+    assert found.need.device_bytes > card.memory_bytes
+    with pytest.raises(DoesNotFit) as told:
+        fit(spec, card, tiles=1)
+    assert str(told.value) == found.refusal
+    assert not module.answer(spec, find_card("1GiB"), tiles=1).refusal
+
+
+def test_python_is_answered_and_the_command_refuses(capsys: pytest.CaptureFixture[str]) -> None:
+    found = api.fits("512MiB", "internvl2-2b")
+    assert (found.fits, found.limits) == (False, ())
+    assert call(capsys, "fit", "--gpu", "512MiB") == (4, "", f"memprof: {found.refusal}\n")

@@ -128,3 +128,9 @@ def test_doctor(capsys: pytest.CaptureFixture[str]) -> None:
     assert code == 0
     assert json.loads(out)["devices"]["sim"] == "ready"
     assert "torch" in call(capsys, "doctor")[1]
+
+
+def test_help_without_a_command_ends_with_its_last_line(capsys: pytest.CaptureFixture[str]) -> None:
+    out = call(capsys)[1]
+    assert "Start with:  memprof run" in out
+    assert out.rstrip("\n").splitlines()[-1].strip()

@@ -10,9 +10,10 @@ import pytest
 import torch
 from typed import call
 
+from memprof import api
 from memprof.api import resolve_device
 from memprof.bench import Bench
-from memprof.errors import DataError
+from memprof.errors import DataError, RunExists
 from memprof.forecasts import Ask
 from memprof.models.find import find
 from memprof.pruning import method_name
@@ -163,3 +164,44 @@ def test_a_card_to_predict_for_means_sim(monkeypatch: pytest.MonkeyPatch) -> Non
     assert resolve_device("auto", find("internvl2-2b"), "h100") == "sim"
     assert resolve_device("auto", find("proving"), "8GiB") == "sim"
     assert resolve_device("cuda", find("internvl2-2b"), "h100") == "cuda"
+
+
+@pytest.mark.parametrize(
+    ("methods", "twice"),
+    [
+        (["baseline", "baseline"], "baseline"),
+        (["baseline", "topv:keep=0.5", "topv:keep=0.5,layer=2"], "topv:keep=0.5,layer=2"),
+    ],
+)
+def test_a_method_given_twice_is_refused_before_anything_runs(
+    capsys: pytest.CaptureFixture[str], words: list[str], methods: list[str], twice: str
+) -> None:
+    code, out, err = call(capsys, *words, *(word for one in methods for word in ("--method", one)), "-o", "r")
+    assert (code, out, err) == (2, "", f"memprof: method {twice} is given twice; name each once\n")
+    assert not Path("r").exists()
+    data = words[words.index("--data") + 1]
+    more = [word for one in methods[-2:] if one != "baseline" for word in ("--method", one)] or ["--keep", "0.5,0.5"]
+    given = ["compare", "-q", "--model", "proving", "--device", "sim", "--data", data, "-o", "c"]
+    code, out, err = call(capsys, *given, *more, *([] if "--keep" in more else ["--keep", "0.5"]))
+    assert (code, out) == (2, "")
+    assert "is given twice" in err
+    assert not Path("c").exists()
+
+
+def test_what_python_is_told_of_a_run_that_is_there_is_pythons(
+    capsys: pytest.CaptureFixture[str], words: list[str]
+) -> None:
+    assert call(capsys, *words, "-o", "r")[0] == 0
+    code, _, err = call(capsys, *words, "-o", "r")
+    assert (code, err) == (2, "memprof: r already holds a run; --resume finishes it, --force replaces it\n")
+    (run,) = api.read("r")
+    for again, said in (
+        (lambda: run.save("r"), "r already holds a run; force=True replaces it"),
+        (
+            lambda: api.run(run.record.spec, "r"),
+            "r already holds a run; resume=True finishes it, force=True replaces it",
+        ),
+    ):
+        with pytest.raises(RunExists) as told:
+            again()
+        assert str(told.value) == said

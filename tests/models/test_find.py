@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -12,8 +13,9 @@ from typing import Any
 import pytest
 from tiny import families, tiny_card
 
+from memprof import api
 from memprof.bench import Bench
-from memprof.errors import UnknownName, WeightsError
+from memprof.errors import UnknownName, UsageError, WeightsError, did_you_mean
 from memprof.families import FAMILIES, Model
 from memprof.models.find import find, named
 from memprof.records import RunSpec
@@ -184,3 +186,35 @@ def test_the_worked_examples_of_contributing_are_what_is_tested(tmp_path: Path) 
     code[1] = "from brightest import Brightest; print(Brightest().stages(100, 5)[0].kept)"
     said = asked(tmp_path, path=tmp_path, code=code[1])
     assert said.stdout.strip() == "50", said.stderr
+
+
+def test_an_option_that_a_family_cannot_heed_is_refused_by_name() -> None:
+    """Whatever the family: what would change nothing is refused, and what changes something is taken."""
+    for model in {type(model.family): model for model in named().values()}.values():
+        image = model.family.image if model.family.sees else None
+        heeded = image is not None and image(model, 4096, 1024, 1) != image(model, 4096, 1024, 16)
+        for asked, taken in (({"max_tiles": 16}, heeded), ({"images": 2}, model.family.sees)):
+            if taken:
+                assert api.spec(model.name, **asked).model == model.name
+            else:
+                with pytest.raises(UsageError, match=f"leave out {next(iter(asked))}="):
+                    api.spec(model.name, **asked)
+        assert api.spec(model.name).max_tiles is None
+    text = next(name for name, model in named().items() if not model.family.sees)
+    for more in ({"tiles": 3}, {"images": 2}):
+        with pytest.raises(UsageError, match="takes no images"):
+            api.fits("h100", text, **more)
+    with pytest.raises(UsageError, match="leave out max_tiles=3"):
+        api.predict("llava-1.5-7b", images=[(100, 100)], max_tiles=3)
+
+
+def test_the_nearest_names_begin_with_what_was_typed() -> None:
+    for typed in ("internvl2", "llava", "qwen2.5-vl"):
+        with pytest.raises(UnknownName) as told:
+            find(typed)
+        near = re.findall("'([^']*)'", str(told.value).partition("did you mean")[2].partition("?")[0])
+        assert 1 < len(near) <= 3
+        assert all(name.startswith(typed) for name in near[:2])
+    hubs = [model.hub for model in named().values() if model.hub]
+    assert did_you_mean("Qwen/Qwen2.5-VL-7b", hubs).startswith(" (did you mean 'Qwen/Qwen2.5-VL-7B-Instruct', ")
+    assert did_you_mean("zzz", hubs) == ""

@@ -77,12 +77,28 @@ HEADER = "width,height,text_tokens\n"
         (HEADER, r"shapes\.csv holds no samples"),
         ("", r"shapes\.csv is empty; its first line must name the columns width, height, text_tokens"),
         ("width,tokens\n1,1\n", r"line 1: no column height, text_tokens; it has width, tokens"),
+        ("width,height,width,text_tokens\n1,1,2,1\n", r"line 1: column width stands twice"),
+        ("id,images,Images," + HEADER + "a,1,2,1,1,1\n", r"line 1: column images stands twice"),
         ("id," + HEADER + "a,1,1,1\na,1,1,1\n", r"line 3: id 'a' stands twice"),
     ],
 )
 def test_broken_csv(tmp_path, text, message):
     with pytest.raises(DataError, match=message):
         shapes(tmp_path, text)
+
+
+def test_csv_of_rows_that_leave_their_text_open(tmp_path):
+    """A count asked for stands in for one that a row, or the whole file, does not say."""
+    (tmp_path / "none.csv").write_text("width,height\n640,480\n")
+    (tmp_path / "some.csv").write_text(HEADER + "1,1,\n1,1,7\n")
+    (other := tmp_path / "other.csv").write_text("tokens\n1\n")
+    task = TASKS.build("ai2d")
+    assert [s.text_tokens for s in task.samples(str(tmp_path / "none.csv"), text_tokens=30)] == [30]
+    assert [s.text_tokens for s in task.samples(str(tmp_path / "some.csv"), text_tokens=30)] == [30, 7]
+    with pytest.raises(DataError, match="no column text_tokens"):
+        task.samples(str(tmp_path / "none.csv"))
+    with pytest.raises(DataError, match="no column width, height"):
+        task.samples(str(other), text_tokens=1)
 
 
 def test_csv_that_is_not_utf8(tmp_path):
