@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import gc
+import os
 import threading
 import weakref
 from collections.abc import Iterator
@@ -18,9 +20,10 @@ import memprof
 from memprof.catching import MODULE, Catch
 from memprof.errors import RunExists
 from memprof.execution import Execution
+from memprof.files import locked
 from memprof.models.build import build_model
 from memprof.script import on_import
-from memprof.store import find_runs, read_run
+from memprof.store import RunFolder, find_runs, read_run
 
 
 @contextmanager
@@ -79,6 +82,56 @@ def test_the_caller_is_the_line_that_is_no_librarys(model: Any) -> None:
     assert first is not None
     assert first.endswith(f"test_execution.py:{line}")
     assert second == "thread worker"
+
+
+def test_the_folder_and_the_callers_stay_where_the_script_goes(
+    model: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(Path(__file__).parents[1])
+    seen = Execution("a script", Path(os.path.relpath(tmp_path / "run")))
+    with watching(seen):
+        monkeypatch.chdir(tmp_path / "elsewhere")
+        model.generate(**ids(20), max_new_tokens=1)
+    (sample,) = read_run(tmp_path / "run").samples
+    assert str(sample.caller).startswith("tests/test_execution.py:")
+    assert not list((tmp_path / "elsewhere").iterdir())
+
+
+@pytest.mark.parametrize("written", [0, 1])
+def test_a_disk_that_fills_is_told_once_and_is_no_error_of_the_scripts(
+    model: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, written: int
+) -> None:
+    expected = model.generate(**ids(20), max_new_tokens=2)
+    execution = Execution("a script", tmp_path / "run")
+    room, append = iter(range(written)), RunFolder.append
+
+    def full(folder: RunFolder, sample: Any) -> None:
+        if next(room, None) is None:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(folder.path))
+        append(folder, sample)
+
+    monkeypatch.setattr(RunFolder, "append", full)
+    with watching(execution):
+        for _ in range(3):
+            assert torch.equal(model.generate(**ids(20), max_new_tokens=2), expected)
+    assert len(execution.runs[0].samples) == 3
+    (line,) = execution.said
+    assert line.endswith(f": No space left on device; saved there: {written} of 3 calls")
+    assert execution.kept == bool(written)
+    left = read_run(tmp_path / "run")
+    assert (len(left.samples), left.record.complete) == (written, False)
+    with locked(tmp_path / "run", wait=False):  # free for whoever comes next
+        pass
+
+
+def test_a_folder_that_another_took_meanwhile_is_no_error_of_the_scripts(model: Any, tmp_path: Path) -> None:
+    execution = Execution("a script", tmp_path / "run")
+    execution.check()
+    (tmp_path / "run").mkdir()
+    with locked(tmp_path / "run"), watching(execution):
+        model.generate(**ids(20), max_new_tokens=2)
+    assert "another process is writing" in execution.said[0]
 
 
 def test_what_cannot_be_profiled_runs_all_the_same_and_is_told(model: Any) -> None:
