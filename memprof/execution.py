@@ -101,6 +101,10 @@ class Execution:
             before = len(calls.run.samples)
             try:
                 out = model.generate(*args, **kwargs)
+            except Exception as error:
+                if instead is None or (why := calls.refused) is None:
+                    raise
+                raise MemprofError(why) from error  # it needs values that nothing computed: say what needs them
             finally:
                 self._keep(number, before, caller)
         if instead is not None:

@@ -8,7 +8,7 @@ import os
 import threading
 import weakref
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,7 @@ from memprof.errors import RunExists
 from memprof.execution import Execution
 from memprof.files import locked
 from memprof.models.build import build_model
+from memprof.reports.rows import CALLERS_HEAD, sheets
 from memprof.script import on_import
 from memprof.store import RunFolder, find_runs, read_run
 
@@ -132,6 +133,33 @@ def test_a_folder_that_another_took_meanwhile_is_no_error_of_the_scripts(model: 
     with locked(tmp_path / "run"), watching(execution):
         model.generate(**ids(20), max_new_tokens=2)
     assert "another process is writing" in execution.said[0]
+
+
+def test_calls_that_failed_have_a_row_of_their_own(model: Any) -> None:
+    execution = Execution("a script")
+    with watching(execution):
+        for token in (5, 10**6):  # the second has no embedding
+            given = ids(20)
+            with suppress(IndexError):
+                model.generate(**{**given, "input_ids": given["input_ids"] * 0 + token}, max_new_tokens=2)
+    (sheet,) = sheets(execution.runs, "GiB")
+    done, failed = (dict(zip(CALLERS_HEAD, row, strict=True)) for row in sheet.callers)
+    assert done["called from"] == failed["called from"]
+    assert (done["calls"], done["made"]) == ("1", "2")
+    assert (failed["calls"], failed["made"], failed["KV cache"]) == ("1 failed", "0", "0.000")
+    assert sheet.rows[0][sheet.head.index("dynamic peak")] == "≥ 0.000"
+
+
+def test_rows_of_one_name_say_which_folder_each_is(tmp_path: Path) -> None:
+    with watching(Execution("a script", tmp_path / "run")):
+        for _ in range(2):
+            made: Any = build_model(tiny_model("internvl")[1], device="cpu", dtype="float32")
+            made.generate(**ids(20), max_new_tokens=1)
+    runs = find_runs([tmp_path / "run"])
+    (sheet,) = sheets(runs, "GiB")
+    first, second = (Path(str(run.path)).name for run in runs)
+    assert f"Baseline is {first}; Baseline #2 is {second}" in sheet.remarks
+    assert [row[0] for row in sheet.rows] == ["Baseline", "Baseline #2"]
 
 
 def test_what_cannot_be_profiled_runs_all_the_same_and_is_told(model: Any) -> None:

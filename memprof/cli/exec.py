@@ -65,7 +65,7 @@ def exec(
     instead = Instead(calibrated(find_card(gpu))) if predict else None
     program = script.module(words[0], words[1:]) if module else script.script(words[0], words[1:])
     label = f"{words[0] if module else Path(words[0]).name}, its calls of generate()"
-    folder = output or _new_folder(words[0] if module else Path(words[0]).stem)
+    folder = output or _new_folder(words[0], module=module)
     execution = Execution(label, folder, force=force, instead=instead)
     execution.check()
     script.on_import(execution.waiting())
@@ -124,11 +124,11 @@ def _say(line: str) -> None:
         complain(line)
 
 
-def _new_folder(name: str) -> Path:
+def _new_folder(what: str, *, module: bool) -> Path:
     """A folder of its own for a script that was given none: nothing finished is lost."""
     from memprof.telling.facts import slug
 
-    stem = f"{datetime.now():%Y-%m-%d_%H-%M-%S}_{slug(name)}"
+    stem = f"{datetime.now():%Y-%m-%d_%H-%M-%S}_{slug(what if module else Path(what).stem)}"
     path, number = Path("runs") / stem, 2
     while path.exists():
         path, number = Path("runs") / f"{stem}_{number}", number + 1
