@@ -198,7 +198,8 @@ class Calls:
         """Add what a call left to the run."""
         visual = [sample.visual_tokens] * self._layers if surgery is None else surgery.visual_tokens
         planned = profiler.kv_tokens if surgery is None else surgery.kv_tokens
-        memory, self.refused = profiler.memory(visual, planned, sample.error), profiler.refused
+        full = sample.error if sample.status == "oom" else None
+        memory, self.refused = profiler.memory(visual, planned, full), profiler.refused
         if self.refused is None:
             sample = sample.with_memory(memory)
         else:

@@ -165,13 +165,18 @@ def _callers(group: Sequence[Run], unit: str) -> list[list[str]]:
     return [_caller(name, samples, unit) for name, both in found.items() for samples in both if samples]
 
 
+def _made(sample: SampleRecord) -> int:
+    """Tokens that were done; of a call that failed the last row is the token it failed in."""
+    return max(0, len(sample.tokens) - (sample.status == "failed"))
+
+
 def _caller(name: str, samples: Sequence[SampleRecord], unit: str) -> list[str]:
     top = max(samples, key=lambda s: s.dynamic_peak_bytes)
     # Where one ended inside a token, the cache is what it held there.
     cache = max(s.kv_cache_bytes if s.ok else max(s.kv_cache_bytes, s.peak_parts.get("kv_cache", 0)) for s in samples)
     return [
         plain(name, 60), f"{len(samples)}" + " failed" * (not top.ok),
-        f"{max(s.visual_tokens + s.text_tokens for s in samples):,}", f"{max(len(s.tokens) for s in samples):,}",
+        f"{max(s.visual_tokens + s.text_tokens for s in samples):,}", f"{max(map(_made, samples)):,}",
         number(top.dynamic_peak_bytes, unit), number(cache, unit),
         PART_LABELS[leading_part(top.peak_parts)] if any(top.peak_parts.values()) else MISSING,
     ]  # fmt: skip
