@@ -63,6 +63,7 @@ class Calls:
     Attributes:
         run: What was found so far: a sample a call, also of a call that ended by an exception. Complete once the window
             has ended.
+        refused: Why the last call counts for nothing, or None.
     """
 
     def __init__(self, model: nn.Module, *, refusing: bool = True) -> None:
@@ -72,6 +73,7 @@ class Calls:
         self._own: Any = None  # the generate() that stands on the model itself, as on a lent one
         self._inside, self._refusing, self.meter.lines = threading.local(), refusing, True
         self._statics, self._thread = set[int](), 0
+        self.refused: str | None = None
         raw = plain_config(model)
         try:
             self._known: Model | None = of_config(raw)
@@ -200,11 +202,12 @@ class Calls:
         """Add what a call left to the run."""
         visual = [sample.visual_tokens] * self._layers if surgery is None else surgery.visual_tokens
         planned = profiler.kv_tokens if surgery is None else surgery.kv_tokens
-        memory = profiler.memory(visual, planned)
-        if profiler.refused is None:
+        full = sample.error if sample.status == "oom" else None
+        memory, self.refused = profiler.memory(visual, planned, full), profiler.refused
+        if self.refused is None:
             sample = sample.with_memory(memory)
         else:
-            sample.status, sample.error = "failed", f"{NOT_PROFILED}{profiler.refused}"
+            sample.status, sample.error = "failed", f"{NOT_PROFILED}{self.refused}"
         if memory.refused is not None and sample.ok:
             sample.status, sample.error = "oom", memory.refused
         record, samples = self.run.record, self.run.samples

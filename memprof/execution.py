@@ -6,10 +6,11 @@
 from __future__ import annotations
 
 import dataclasses
+import tempfile
 import threading
 import weakref
-from collections.abc import Callable
-from contextlib import ExitStack, suppress
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
@@ -33,7 +34,8 @@ class Execution:
 
     Args:
         label: What the calls are called in every report.
-        output: The run folder, made at the first call; with several models, one in it each. None: none is written.
+        output: The run folder, made at the first call; with several models, one in it each. None: none is written. It
+            stays where it was asked for, wherever the script goes.
         force: Replace the run that is in the folder.
         instead: Where nothing is to run: what stands in for the models that are loaded.
 
@@ -45,11 +47,13 @@ class Execution:
     def __init__(
         self, label: str, output: Path | None = None, *, force: bool = False, instead: Instead | None = None
     ) -> None:
-        self.label, self.output, self.force, self.instead = label, output, force, instead
+        self.label, self.force, self.instead = label, force, instead
+        self.output = None if output is None else output.absolute()
         self.said: list[str] = []
         self.catch = catching.Catch(self.around)
         self._calls: list[tuple[weakref.ref[Any], Calls]] = []
         self._folders: list[_Folder] = []
+        self._lost: str | None = None  # why nothing more is written: what failed once is not tried again
         self._one_at_a_time = threading.Lock()
 
     def waiting(self) -> dict[str, Callable[[ModuleType], None]]:
@@ -103,12 +107,15 @@ class Execution:
             except Exception as error:  # of whatever model: the script is to run
                 if instead is not None:
                     raise
-                why = f"{error}" if isinstance(error, MemprofError) else f"{type(error).__name__}: {first_line(error)}"
-                self._say(f"{caller}: not profiled: {why}")
+                self._say(f"{caller}: not profiled: {_why(error)}")
                 return generate(model, *args, **kwargs)
             before = len(calls.run.samples)
             try:
                 out = model.generate(*args, **kwargs)
+            except Exception as error:
+                if instead is None or (why := calls.refused) is None:
+                    raise
+                raise MemprofError(why) from error  # it needs values that nothing computed: say what needs them
             finally:
                 self._keep(number, before, caller)
         if instead is not None:
@@ -135,12 +142,27 @@ class Execution:
         """Say who called, and write what was called since there were ``before`` samples."""
         run = self._calls[number][1].run
         run.samples[before:] = [dataclasses.replace(sample, caller=caller) for sample in run.samples[before:]]
-        if self.output is None:
-            return
+        if self.output is not None and self._lost is None:
+            with self._writing():
+                self._write(self.output, number, before)
+
+    @contextmanager
+    def _writing(self) -> Iterator[None]:
+        """Inside, what cannot be written is no error of the script's; :meth:`close` tells it."""
+        try:
+            yield
+        except Exception as error:
+            self._lost = _why(error)
+            for folder in self._folders:
+                folder.leave()
+
+    def _write(self, output: Path, number: int, before: int) -> None:
+        """Write what was called since run ``number`` had ``before`` samples."""
+        run = self._calls[number][1].run
         if number == 1 and len(self._folders) == 1:  # the folder of one run becomes a folder of runs
             self._folders[0].move(self._own_folder(0))
         if number >= len(self._folders):
-            self._folders.append(_Folder(self._own_folder(number) if number else self.output, run, force=self.force))
+            self._folders.append(_Folder(self._own_folder(number) if number else output, run, force=self.force))
         self._folders[number].write(run.samples[before:])
 
     def _own_folder(self, number: int) -> Path:
@@ -156,26 +178,69 @@ class Execution:
         Raises:
             RunExists: The folder holds a run, or several, that is not to be replaced.
             UsageError: It holds something else.
+            MemprofError: Nothing can be written there.
         """
         if self.output is None:
             return
-        for below in self.output.glob(f"*/{RUN_FILE}"):
+        try:
+            if there := self.output.is_dir():
+                _try(self.output)  # before what is there is removed
+            self._free(self.output)
+            if not there:
+                _try(self.output)
+        except OSError as error:
+            raise MemprofError(f"cannot write to {self.output}: {_why(error)}; give another folder with -o") from None
+
+    def _free(self, output: Path) -> None:
+        for below in output.glob(f"*/{RUN_FILE}"):
             if not self.force:
-                raise RunExists(f"{self.output} already holds runs; --force replaces them")
+                raise RunExists(f"{output} already holds runs; --force replaces them")
             for name in (RUN_FILE, SAMPLES_FILE):
                 (below.parent / name).unlink(missing_ok=True)
             with suppress(OSError):  # a user may keep files of his own there
                 below.parent.rmdir()
-        RunFolder.open(self.output, RunRecord(RunSpec("", "", "", ""), "measured"), force=self.force)
+        RunFolder.open(output, RunRecord(RunSpec("", "", "", ""), "measured"), force=self.force)
 
     def close(self) -> None:
-        """Write the totals: the script is done."""
-        for folder in self._folders:
-            folder.close()
+        """Write the totals, and note what was not seen: the script is done."""
+        for line in self.catch.missed():
+            self._say(line)
+        if self._lost is None:
+            with self._writing():
+                for folder in self._folders:
+                    folder.close()
+        if self._lost is not None:
+            saved, called = sum(each.written for each in self._folders), sum(len(run.samples) for run in self.runs)
+            self._say(f"cannot write to {self.output}: {self._lost}; saved there: {saved} of {called} calls")
+
+    @property
+    def kept(self) -> bool:
+        """Whether there is a run folder to be read."""
+        return any(folder.written for folder in self._folders)
 
     def _say(self, line: str) -> None:
         if line not in self.said:
             self.said.append(line)
+
+
+def _why(error: Exception) -> str:
+    """What went wrong, in one line."""
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror
+    return f"{error}" if isinstance(error, MemprofError) else f"{type(error).__name__}: {first_line(error)}"
+
+
+def _try(folder: Path) -> None:
+    """Write a little in ``folder``, and leave nothing behind; raises OSError where that cannot be done."""
+    made = [path for path in (folder, *folder.parents) if not path.exists()]
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder) as file:
+            file.write(bytes(4096))
+    finally:
+        for path in made:
+            with suppress(OSError):
+                path.rmdir()
 
 
 def _name(run: Run) -> str:
@@ -192,7 +257,7 @@ class _Folder:
     """
 
     def __init__(self, path: Path, run: Run, *, force: bool) -> None:
-        self._run = run
+        self._run, self.written = run, 0
         self._folder = RunFolder.open(path, self._unfinished(), force=force)
         self._folder.__enter__()
 
@@ -203,6 +268,7 @@ class _Folder:
         """Add a line for each of ``samples``."""
         for sample in samples:
             self._folder.append(sample)
+            self.written += 1
         self._folder.record = self._unfinished()
         self._folder.save()
 
@@ -219,5 +285,10 @@ class _Folder:
         """Write the record as it is in the end."""
         self._folder.record = self._run.record
         self._folder.save()
-        self._folder.__exit__()
+        self.leave()
+
+    def leave(self) -> None:
+        """Write nothing more; what was written is there."""
         self._run.path = str(self._folder.path)
+        with suppress(OSError, ValueError):
+            self._folder.__exit__()

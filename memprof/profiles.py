@@ -91,8 +91,9 @@ class Profile(Run):
         return max(map(self._peak_of, self.samples), default=0)
 
     def _peak_of(self, sample: SampleRecord) -> int:
-        # Of an allocation that a card would refuse in prefill there is no token, only what was there before.
-        return sample.peak_allocated_bytes or self.record.static_bytes + sample.dynamic_peak_bytes
+        # Of the token in which one ended there is no row, only what was there.
+        there = sample.peak_allocated_bytes
+        return there if there and sample.ok else max(there, self.record.static_bytes + sample.dynamic_peak_bytes)
 
     @property
     def tokens(self) -> Tokens:

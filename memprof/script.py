@@ -164,8 +164,12 @@ _ENDING: list[Callable[[], None]] = []
 
 
 def at_the_very_end(then: Callable[[], None]) -> None:
-    """Call ``then`` once the script, its threads and what it registered with :mod:`atexit` are over; ask it first."""
-    _ENDING.append(then)
+    """Call ``then`` once the script, its threads and what it registered with :mod:`atexit` are over; ask it first.
+
+    The end of a process that the script forks is not the script's.
+    """
+    process = os.getpid()
+    _ENDING.append(lambda: then() if os.getpid() == process else None)
 
     @atexit.register
     def end() -> None:

@@ -116,9 +116,8 @@ class RunFolder:
         return self
 
     def __exit__(self, *_: object) -> None:
-        os.fsync(self._lines.fileno())
-        self._lines.close()
-        self._held.close()
+        with self._held, self._lines:  # free and closed, also where the disk refuses the rest
+            os.fsync(self._lines.fileno())
 
     def _claim(self) -> None:
         """Lock the folder: two writers would mix their lines. What was read of it before must still be what is there.

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import errno
 import gc
+import os
 import threading
 import weakref
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +20,11 @@ import memprof
 from memprof.catching import MODULE, Catch
 from memprof.errors import RunExists
 from memprof.execution import Execution
+from memprof.files import locked
 from memprof.models.build import build_model
+from memprof.reports.rows import CALLERS_HEAD, sheets
 from memprof.script import on_import
-from memprof.store import find_runs, read_run
+from memprof.store import RunFolder, find_runs, read_run
 
 
 @contextmanager
@@ -104,6 +108,83 @@ def test_a_second_thread_with_the_same_model_gets_what_it_asked_for_and_is_told(
     (said,) = execution.said
     assert said.endswith(": not profiled, as another thread was generating")
     assert len(execution.uncounted) == 2  # what was read of the first is not of it alone
+
+
+def test_the_folder_and_the_callers_stay_where_the_script_goes(
+    model: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(Path(__file__).parents[1])
+    seen = Execution("a script", Path(os.path.relpath(tmp_path / "run")))
+    with watching(seen):
+        monkeypatch.chdir(tmp_path / "elsewhere")
+        model.generate(**ids(20), max_new_tokens=1)
+    (sample,) = read_run(tmp_path / "run").samples
+    assert str(sample.caller).startswith("tests/test_execution.py:")
+    assert not list((tmp_path / "elsewhere").iterdir())
+
+
+@pytest.mark.parametrize("written", [0, 1])
+def test_a_disk_that_fills_is_told_once_and_is_no_error_of_the_scripts(
+    model: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, written: int
+) -> None:
+    expected = model.generate(**ids(20), max_new_tokens=2)
+    execution = Execution("a script", tmp_path / "run")
+    room, append = iter(range(written)), RunFolder.append
+
+    def full(folder: RunFolder, sample: Any) -> None:
+        if next(room, None) is None:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(folder.path))
+        append(folder, sample)
+
+    monkeypatch.setattr(RunFolder, "append", full)
+    with watching(execution):
+        for _ in range(3):
+            assert torch.equal(model.generate(**ids(20), max_new_tokens=2), expected)
+    assert len(execution.runs[0].samples) == 3
+    (line,) = execution.said
+    assert line.endswith(f": No space left on device; saved there: {written} of 3 calls")
+    assert execution.kept == bool(written)
+    left = read_run(tmp_path / "run")
+    assert (len(left.samples), left.record.complete) == (written, False)
+    with locked(tmp_path / "run", wait=False):  # free for whoever comes next
+        pass
+
+
+def test_a_folder_that_another_took_meanwhile_is_no_error_of_the_scripts(model: Any, tmp_path: Path) -> None:
+    execution = Execution("a script", tmp_path / "run")
+    execution.check()
+    (tmp_path / "run").mkdir()
+    with locked(tmp_path / "run"), watching(execution):
+        model.generate(**ids(20), max_new_tokens=2)
+    assert "another process is writing" in execution.said[0]
+
+
+def test_calls_that_failed_have_a_row_of_their_own(model: Any) -> None:
+    execution = Execution("a script")
+    with watching(execution):
+        for token in (5, 10**6):  # the second has no embedding
+            given = ids(20)
+            with suppress(IndexError):
+                model.generate(**{**given, "input_ids": given["input_ids"] * 0 + token}, max_new_tokens=2)
+    (sheet,) = sheets(execution.runs, "GiB")
+    done, failed = (dict(zip(CALLERS_HEAD, row, strict=True)) for row in sheet.callers)
+    assert done["called from"] == failed["called from"]
+    assert (done["calls"], done["made"]) == ("1", "2")
+    assert (failed["calls"], failed["made"], failed["KV cache"]) == ("1 failed", "0", "0.000")
+    assert sheet.rows[0][sheet.head.index("dynamic peak")] == "≥ 0.000"
+
+
+def test_rows_of_one_name_say_which_folder_each_is(tmp_path: Path) -> None:
+    with watching(Execution("a script", tmp_path / "run")):
+        for _ in range(2):
+            made: Any = build_model(tiny_model("internvl")[1], device="cpu", dtype="float32")
+            made.generate(**ids(20), max_new_tokens=1)
+    runs = find_runs([tmp_path / "run"])
+    (sheet,) = sheets(runs, "GiB")
+    first, second = (Path(str(run.path)).name for run in runs)
+    assert f"Baseline is {first}; Baseline #2 is {second}" in sheet.remarks
+    assert [row[0] for row in sheet.rows] == ["Baseline", "Baseline #2"]
 
 
 def test_what_cannot_be_profiled_runs_all_the_same_and_is_told(model: Any) -> None:

@@ -106,6 +106,45 @@ def test_mistakes_are_one_line_before_anything_runs(tmp_path: Path, words: list[
     assert done.stderr.count("\n") == 1
 
 
+@pytest.mark.parametrize("place", ["demo.py/run", "/proc/run", "n" * 300])
+def test_a_place_that_cannot_be_written_is_refused_before_anything_runs(tmp_path: Path, place: str) -> None:
+    (tmp_path / "demo.py").write_text("print('ran')\n")
+    done = start(tmp_path, "-m", "memprof", "exec", "-o", place, "demo.py")
+    assert (done.returncode, done.stdout) == (1, "")
+    assert done.stderr.startswith("memprof: cannot write to ")
+    assert done.stderr.endswith("; give another folder with -o\n")
+    assert done.stderr.count("\n") == 1
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["demo.py"]
+
+
+#: Calls generate() in another process alone, and ends there as a script does.
+OTHERS = {
+    "forked": "pid = os.fork()\nif pid == 0:\n    raise SystemExit(Model().generate())\nprint(os.waitpid(pid, 0)[1])",
+    "multiprocessing": "import multiprocessing\n"
+    "if __name__ == '__main__':\n"
+    "    process = multiprocessing.get_context('spawn').Process(target=print)\n"
+    "    process.start()\n    process.join()\n    print(process.exitcode)",
+}
+
+
+@pytest.mark.parametrize("way", OTHERS)
+def test_another_process_is_left_alone_and_what_is_not_seen_is_said(tmp_path: Path, way: str) -> None:
+    library = tmp_path / "transformers" / "generation"
+    library.mkdir(parents=True)
+    for package in (library, library.parent):
+        (package / "__init__.py").touch()
+    (library / "utils.py").write_text("class GenerationMixin:\n    def generate(self):\n        return 0\n")
+    first = "import os\nfrom transformers.generation.utils import GenerationMixin as Model\n"
+    (tmp_path / "demo.py").write_text(first + OTHERS[way])
+    alone, done = start(tmp_path, "demo.py"), start(tmp_path, "-m", "memprof", "exec", "demo.py")
+    assert done.stdout == alone.stdout
+    assert done.stdout.split() == ["0"]
+    told, missed = done.stderr.splitlines()  # of one process: the script's
+    assert "called no generate()" in told
+    assert way in missed
+    assert "not counted" in missed
+
+
 def test_a_script_that_generates_nothing_leaves_nothing(tmp_path: Path) -> None:
     (tmp_path / "demo.py").write_text("import sys; print({'torch', 'transformers', 'numpy'} & set(sys.modules))\n")
     done = start(tmp_path, "-m", "memprof", "exec", "demo.py")

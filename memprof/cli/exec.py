@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
+from contextlib import suppress
 from datetime import datetime
 from functools import partial
 from pathlib import Path
@@ -64,10 +65,11 @@ def exec(
     instead = Instead(calibrated(find_card(gpu))) if predict else None
     program = script.module(words[0], words[1:]) if module else script.script(words[0], words[1:])
     label = f"{words[0] if module else Path(words[0]).name}, its calls of generate()"
-    execution = Execution(label, output or _new_folder(words[0]), force=force, instead=instead)
+    folder = output or _new_folder(words[0], module=module)
+    execution = Execution(label, folder, force=force, instead=instead)
     execution.check()
     script.on_import(execution.waiting())
-    script.at_the_very_end(partial(_end, execution, unit, quiet=quiet))
+    script.at_the_very_end(partial(_end, execution, folder, unit, quiet=quiet))
     script.undisturbed(STREAM_ERRORS)
     raise SystemExit(script.run(program, _told(execution, program.name)))
 
@@ -93,38 +95,40 @@ def _told(execution: Execution, name: str) -> Callable[[BaseException], int | No
     return told
 
 
-def _end(execution: Execution, unit: str | None, *, quiet: bool) -> None:
-    """The script is done: write the totals, and say on stderr what it took."""
+def _end(execution: Execution, folder: Path, unit: str | None, *, quiet: bool) -> None:
+    """The script is done: write the totals, and say on stderr what it took; ``folder`` is as the user has it."""
     from memprof import reports
     from memprof.cli._runs import remember
 
     execution.close()
     runs, output = execution.runs, execution.output
     assert output is not None
-    if runs:
+    if execution.kept:
         remember(output)
     if not quiet:
         if runs:
-            sys.stderr.write(reports.render("table", runs, unit, colour=False))
+            with suppress(OSError, ValueError, AttributeError):  # a script may close stderr, or leave none
+                sys.stderr.write(reports.render("table", runs, unit, colour=False))
         else:
             _say("the script called no generate() of transformers, so nothing was profiled")
     for line in execution.said:
         _say(line)
-    if runs and not quiet:
-        _say(f"saved in {output}; next: memprof report latest, memprof explain latest")
+    if execution.kept and not quiet:
+        _say(f"saved in {folder}; next: memprof report latest, memprof explain latest")
 
 
 def _say(line: str) -> None:
     from memprof.cli import complain
 
-    complain(line)
+    if sys.stderr is not None:  # as a script may leave it
+        complain(line)
 
 
-def _new_folder(script: str) -> Path:
+def _new_folder(what: str, *, module: bool) -> Path:
     """A folder of its own for a script that was given none: nothing finished is lost."""
     from memprof.telling.facts import slug
 
-    stem = f"{datetime.now():%Y-%m-%d_%H-%M-%S}_{slug(Path(script).stem)}"
+    stem = f"{datetime.now():%Y-%m-%d_%H-%M-%S}_{slug(what if module else Path(what).stem)}"
     path, number = Path("runs") / stem, 2
     while path.exists():
         path, number = Path("runs") / f"{stem}_{number}", number + 1

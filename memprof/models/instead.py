@@ -12,14 +12,14 @@ import functools
 import re
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 from types import ModuleType, SimpleNamespace, TracebackType
 from typing import Any
 from weakref import WeakKeyDictionary
 
 from memprof.errors import MemprofError, UsageError
-from memprof.gpus import Card
+from memprof.gpus import CARDS, DEFAULT, Card
 
 #: What a tokenizer is asked to make of tokens that nobody chose becomes this.
 NO_ANSWER = "[no answer: predicted]"
@@ -158,19 +158,23 @@ class Instead:
         """Let the script's own code find a card, and leave what it moves there where it is."""
         card, cuda = self.card, torch.cuda
         name, capability = card.name, card.capability
+        there = card.memory_bytes or CARDS.get(name, CARDS[DEFAULT]).memory_bytes  # of one without a limit, its own
         shown = SimpleNamespace(
-            name=name, total_memory=card.memory_bytes or 0, major=capability[0], minor=capability[1],
+            name=name, total_memory=there, major=capability[0], minor=capability[1],
             multi_processor_count=card.processors,
         )  # fmt: skip
         for what, answer in {
             "is_available": True, "device_count": 1, "current_device": 0, "get_device_name": name,
             "get_device_capability": capability, "get_device_properties": shown, "is_bf16_supported": True,
             "synchronize": None, "set_device": None, "reset_peak_memory_stats": None, "empty_cache": None,
+            "current_stream": Stream(), "default_stream": Stream(), "stream": nullcontext(),
         }.items():  # fmt: skip
             setattr(cuda, what, _answering(getattr(cuda, what), answer))
         for what in ("memory_allocated", "max_memory_allocated", "memory_reserved", "max_memory_reserved",
                      "mem_get_info", "memory_stats"):  # fmt: skip
             setattr(cuda, what, _refusing(getattr(cuda, what), what))
+        cuda.Event, cuda.Stream = Event, Stream
+        torch.autocast.__init__ = _not_autocast(torch.autocast.__init__)
         torch.nn.Module._apply = _applying(torch, torch.nn.Module._apply)
         _staying(torch).__enter__()
 
@@ -202,8 +206,9 @@ def _without_weights(cls: Any, name: Any, config: Any, dtype: Any, attention: An
     if not isinstance(dtype, torch.dtype):
         raise UsageError(f"from_pretrained(dtype={dtype}) is not predicted; give one dtype for all weights")
     asked = {} if attention is None else {"attn_implementation": attention}
-    if attention is not None and not set(_each(attention)) <= {"sdpa", "eager"}:
-        raise UsageError(f"from_pretrained(attn_implementation={attention!r}) is not predicted; give sdpa or eager")
+    for one in (*_each(attention), *map(_attention_of, (config, *_parts_of(config)))):
+        if one not in (None, "sdpa", "eager"):
+            raise UsageError(f"from_pretrained(attn_implementation={one!r}) is not predicted; give sdpa or eager")
 
     def built() -> Any:
         made = cls._from_config(config, dtype=dtype, **asked, **rest)
@@ -213,8 +218,17 @@ def _without_weights(cls: Any, name: Any, config: Any, dtype: Any, attention: An
     return build_weightless(built)
 
 
-def _each(attention: Any) -> list[str]:
+def _each(attention: Any) -> list[Any]:
     return list(attention.values()) if isinstance(attention, dict) else [attention]
+
+
+def _parts_of(config: Any) -> list[Any]:
+    """The configurations inside one."""
+    return [part for name in getattr(config, "sub_configs", ()) if (part := getattr(config, name, None)) is not None]
+
+
+def _attention_of(config: Any) -> Any:
+    return getattr(config, "_attn_implementation", None)  # where Auto classes put what they are asked for
 
 
 def _read_generation(model: Any, name: Any, hub: dict[str, Any]) -> None:
@@ -257,6 +271,59 @@ def _refusing(real: Callable[..., Any], name: str) -> Callable[..., Any]:
         raise Valueless(f"torch.cuda.{name}() is asked for what a card holds, and there is none")
 
     return refused
+
+
+class Event:
+    """An event of a card that is not there: it is over at once, and the time to another is not a number."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        del args, kwargs
+
+    def record(self, stream: Any = None) -> None:
+        """Nothing is waited for."""
+
+    wait = record
+
+    def synchronize(self) -> None:
+        """Nothing is waited for."""
+
+    def query(self) -> bool:
+        """All is done."""
+        return True
+
+    def elapsed_time(self, end: Any) -> float:
+        """Milliseconds: NaN, for nobody measured them, and a number made up would pass for a measurement."""
+        del end
+        return float("nan")
+
+
+class Stream(Event):
+    """A stream of a card that is not there."""
+
+    wait_event = wait_stream = Event.record
+
+    def record_event(self, event: Any = None) -> Any:
+        """The event, which is over."""
+        return Event() if event is None else event
+
+    def __enter__(self) -> Stream:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        pass
+
+
+def _not_autocast(real: Callable[..., None]) -> Callable[..., None]:
+    """Refuse autocast by name: torch would leave it out without a card, and the CPU's casts other operators."""
+
+    @functools.wraps(real)
+    def begun(self: Any, device_type: str, dtype: Any = None, enabled: bool = True, *args: Any, **kwargs: Any) -> None:
+        asking = str(sys._getframe(1).f_globals.get("__name__", "")).partition(".")[0]
+        if enabled and (device_type == "cuda" or asking not in _LIBRARIES):
+            raise Valueless("torch.autocast is not predicted; load the model in its dtype, from_pretrained(dtype=...)")
+        real(self, device_type, dtype, enabled, *args, **kwargs)
+
+    return begun
 
 
 def _applying(torch: ModuleType, real: Callable[..., Any]) -> Callable[..., Any]:
@@ -321,6 +388,10 @@ def refusal(error: BaseException, script: str) -> str | None:
     where = _line_of(error.__traceback__, script)
     if isinstance(error, Valueless | UsageError):
         return f"{where}: {error}; run it without --predict"
+    if isinstance(error, MemprofError):
+        return f"{where}: {error}"
+    if isinstance(error, ImportError) and "FlashAttention" in str(error):  # of a model that is there already
+        return f"{where}: FlashAttention is not predicted; give sdpa or eager, or run it without --predict"
     of_values = isinstance(
         error, DataDependentOutputException | DynamicOutputShapeException | UnsupportedFakeTensorException
     ) or ("tensor subclass" in str(error) or FakeTensor.__name__ in str(error))

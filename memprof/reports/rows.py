@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from memprof.intervals import Interval
@@ -70,7 +71,9 @@ def number(n_bytes: int | None, unit: str) -> str:
 def _peak(n_bytes: int | None, total: Mapping[str, Any], unit: str) -> str:
     """A highest value; where samples failed it is that of those that finished, and no more than a lower bound."""
     text = number(n_bytes, unit)
-    return f"≥ {text}" if total["failed"] and n_bytes is not None else text
+    if not total["failed"] or n_bytes is None:
+        return text
+    return f"≥ {number(0, unit) if text.startswith('<') else text}"
 
 
 def percent(share: float | None) -> str:
@@ -158,30 +161,36 @@ def _legend(group: Sequence[Run]) -> list[str]:
 
 #: What is told of each line of a program that called ``generate()``.
 CALLERS_HEAD = ["called from", "calls", "prompt", "made", "dynamic peak", "KV cache", "most held by"]
-CALLERS_TITLE = "Who called generate(): the longest prompt and answer in tokens, the highest bytes"
+CALLERS_TITLE = (
+    "Who called generate(): the longest prompt and answer in tokens, the highest bytes (where one failed, up to there)"
+)
 
 
 def _callers(group: Sequence[Run], unit: str) -> list[list[str]]:
-    """A row for each caller, in the order of their first calls."""
-    found: dict[str, list[SampleRecord]] = {}
+    """A row for each caller's calls that finished, and one for those that failed, in the order of first calls."""
+    found: dict[str, tuple[list[SampleRecord], list[SampleRecord]]] = {}
     for run in group:
         for sample in run.samples:
             if sample.caller is not None:
-                found.setdefault(sample.caller, []).append(sample)
-    rows = []
-    for caller, samples in found.items():
-        top = max(samples, key=lambda s: s.dynamic_peak_bytes)
-        failed = sum(not s.ok for s in samples)
-        rows.append(
-            [
-                plain(caller, 60), f"{len(samples)}" + f" ({failed} failed)" * bool(failed),
-                f"{max(s.visual_tokens + s.text_tokens for s in samples):,}",
-                f"{max(len(s.tokens) for s in samples):,}",
-                number(top.dynamic_peak_bytes, unit), number(max(s.kv_cache_bytes for s in samples), unit),
-                PART_LABELS[leading_part(top.peak_parts)] if top.peak_parts else MISSING,
-            ]
-        )  # fmt: skip
-    return rows
+                found.setdefault(sample.caller, ([], []))[not sample.ok].append(sample)
+    return [_caller(name, samples, unit) for name, both in found.items() for samples in both if samples]
+
+
+def _made(sample: SampleRecord) -> int:
+    """Tokens that were done; of a call that failed the last row is the token it failed in."""
+    return max(0, len(sample.tokens) - (sample.status == "failed"))
+
+
+def _caller(name: str, samples: Sequence[SampleRecord], unit: str) -> list[str]:
+    top = max(samples, key=lambda s: s.dynamic_peak_bytes)
+    # Where one ended inside a token, the cache is what it held there.
+    cache = max(s.kv_cache_bytes if s.ok else max(s.kv_cache_bytes, s.peak_parts.get("kv_cache", 0)) for s in samples)
+    return [
+        plain(name, 60), f"{len(samples)}" + " failed" * (not top.ok),
+        f"{max(s.visual_tokens + s.text_tokens for s in samples):,}", f"{max(map(_made, samples)):,}",
+        number(top.dynamic_peak_bytes, unit), number(cache, unit),
+        PART_LABELS[leading_part(top.peak_parts)] if any(top.peak_parts.values()) else MISSING,
+    ]  # fmt: skip
 
 
 #: Fidelity's columns stand for :data:`memprof.analysis.fidelity.MEASURES`.
@@ -248,4 +257,16 @@ def _remarks(group: Sequence[Run], names: Sequence[str]) -> list[str]:
         losses.append("saved: no Baseline among these runs; add --method baseline")
     losses += [line for name, run in zip(names, group, strict=True) if (line := _above(name, run, group))]
     savings = [f"{text}; other columns: over all that each finished" for text in facts.comparisons(group)]
-    return [*map(plain, facts.unfinished(group)), *losses, *savings, *notes]
+    return [*_folders(group, names), *map(plain, facts.unfinished(group)), *losses, *savings, *notes]
+
+
+def _folders(group: Sequence[Run], names: Sequence[str]) -> list[str]:
+    """A line that says which folder each row is, where their names alone do not."""
+    paths = [Path(run.path) for run in group if run.path]
+    alike = [name for name in names if f"{name} #2" in names]
+    if not alike or len(paths) < len(group):
+        return []
+    beside = len({path.parent for path in paths}) == 1
+    shown = [path.name if beside else f"{path}" for path in paths]
+    rows = [f"{name} is {path}" for name, path in zip(names, shown, strict=True) if name.partition(" #")[0] in alike]
+    return [plain("; ".join(rows), 1000)]

@@ -41,6 +41,9 @@ AFTER = {
     "print(T.decode(None, out[0]), T.batch_decode(None, out))",
     "branches": "print('before')\nif out[0, -1] == 2:\n    print('stopped')",
     "measures": "print(torch.cuda.max_memory_allocated())",
+    "looks up": "model.generate(**inputs(24), max_new_tokens=4, prompt_lookup_num_tokens=2)",
+    "flash": 'AutoModelForImageTextToText.from_pretrained(sys.argv[1], attn_implementation="flash_attention_2")',
+    "casts": "with torch.autocast(device): model.generate(**inputs(24), max_new_tokens=2)",
     "wrong": "model.generate(**inputs(24, images=3), max_new_tokens=2)",
     "falls back": "try:\n    model.generate(**inputs(20000), max_new_tokens=2)\nexcept torch.OutOfMemoryError as e:\n"
     "    print('too large')\nmodel.generate(**inputs(20000), max_new_tokens=2)",
@@ -118,17 +121,52 @@ def test_predicted_to_the_byte_as_a_window_of_ones_own(tmp_path: Path, saved: Pa
 
 
 @pytest.mark.parametrize(
-    ("after", "line"), [("branches", "demo.py:21 needs the value of a tensor"), ("measures", "demo.py:20: torch.cuda.")]
+    ("after", "line", "instead"),
+    [
+        ("branches", "demo.py:21 needs the value of a tensor", "run it without --predict"),
+        ("measures", "demo.py:20: torch.cuda.", "run it without --predict"),
+        ("looks up", "prompt lookup a forward is not a token", "profile generate() without them"),
+        ("flash", "demo.py:20: from_pretrained(attn_implementation='flash_attention_2')", "give sdpa or eager"),
+        ("casts", "demo.py:20: torch.autocast is not predicted", "from_pretrained(dtype=...)"),
+    ],
 )
 def test_a_script_that_needs_an_answer_is_refused_in_one_line(
-    tmp_path: Path, saved: Path, after: str, line: str
+    tmp_path: Path, saved: Path, after: str, line: str, instead: str
 ) -> None:
     done = start(tmp_path, saved, AFTER[after], "-q", "-o", "run", "--predict")
     assert done.returncode == 2
     assert done.stderr.count("\n") == 1
     assert line in done.stderr
-    assert "run it without --predict" in done.stderr
-    assert len(read_run(tmp_path / "run").samples) == 3  # what was predicted before stays
+    assert instead in done.stderr
+    assert len(read_run(tmp_path / "run").finished) == 3  # what was predicted before stays
+
+
+#: Asks the card all that a script may ask of it without a model.
+ASKING = """
+import math, torch
+print(torch.cuda.get_device_properties(0).total_memory)
+start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+with torch.cuda.stream(torch.cuda.Stream()):
+    start.record()
+end.record(torch.cuda.current_stream())
+end.synchronize(), torch.cuda.current_stream().wait_stream(torch.cuda.default_stream())
+print(end.query(), math.isnan(start.elapsed_time(end)))
+"""
+
+
+@pytest.mark.parametrize("gpu", [None, "l4", "a100@any", "24GiB"])
+def test_the_script_is_told_of_the_card_as_it_is(tmp_path: Path, gpu: str | None) -> None:
+    from memprof.gpus import CARDS, DEFAULT, find_card
+
+    (tmp_path / "demo.py").write_text(ASKING)
+    words = ["--gpu", gpu] if gpu else []
+    done = subprocess.run(
+        [sys.executable, "-m", "memprof", "exec", "-q", "--predict", *words, "demo.py"], cwd=tmp_path, text=True,
+        env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True, check=False, timeout=120,
+    )  # fmt: skip
+    card = find_card(gpu)
+    real = card.memory_bytes or CARDS.get(card.name, CARDS[DEFAULT]).memory_bytes
+    assert done.stdout.split() == [str(real), "True", "True"], done.stderr
 
 
 def test_a_card_that_is_full_refuses_as_a_card_does(tmp_path: Path, saved: Path) -> None:
@@ -140,6 +178,15 @@ def test_a_card_that_is_full_refuses_as_a_card_does(tmp_path: Path, saved: Path)
     run = read_run(tmp_path / "run")
     assert [sample.status for sample in run.samples] == ["ok", "ok", "ok", "oom", "oom"]
     assert run.samples[3].caller == "demo.py:21"
+
+
+@pytest.mark.parametrize(
+    ("what", "module", "name"), [("pkg.sub.demo", True, "_pkg.sub.demo"), ("here/demo.v2.py", False, "_demo.v2")]
+)
+def test_a_folder_of_its_own_has_the_whole_name(what: str, module: bool, name: str) -> None:
+    from memprof.cli.exec import _new_folder
+
+    assert _new_folder(what, module=module).name.endswith(name)
 
 
 def test_an_error_in_generate_is_the_scripts_own(tmp_path: Path, saved: Path) -> None:
