@@ -155,12 +155,11 @@ def study(
         return Studied(report, recording, None, np.zeros(0, dtype=np.int64))
     found = replayed(recording)
     allocated, lives = found.allocated(), found.lives
-    before = int(found.granted[lives.born < 0].sum())
+    before = int(found.granted[lives.made :].sum())
     peak = int(allocated.argmax()) if len(allocated) and allocated.max() > before else -1
     room = room_of(lives)
     limit = Room(room_bytes, "as asked for") if room_bytes is not None else room
-    ended = _last_oom(recording)
-    trials = Trials(lives, limit, ended)
+    trials = Trials(lives, limit, recording.last_oom)
     instant = Instant.of(found, peak)
     report = _report(
         path, recording, instant, instant.holders(adding)[:top], by, devices, notes,
@@ -196,14 +195,9 @@ def what_if(recording: Recording, settings: AllocatorSettings) -> WhatIf:
     return Trials(lives, room_of(lives)).what_if(str(settings) or "default", settings)
 
 
-def _last_oom(recording: Recording) -> int | None:
-    (found,) = np.nonzero(recording.actions == OOM)
-    return int(found[-1]) if len(found) else None
-
-
 def _when_out(recording: Recording) -> int:
     """The time of the last out-of-memory event, in microseconds; -1 if there is none."""
-    last = _last_oom(recording)
+    last = recording.last_oom
     return -1 if last is None else max(0, int(recording.times[last]) if len(recording.times) else 0)
 
 
@@ -211,7 +205,7 @@ def _device(recording: Recording) -> Device:
     peak = peak_reserved(recording) if recording.has_history else None
     return Device(
         recording.device, len(recording), recording.allocated_at_end, recording.reserved_at_end,
-        int((recording.actions == OOM).sum()), peak,
+        sum(map(len, recording.events_of(OOM))), peak,
     )  # fmt: skip
 
 
