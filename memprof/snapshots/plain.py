@@ -339,14 +339,15 @@ class _Shape(NamedTuple):
         numbers: Gives of the groups the address, the size and the time.
         shared: Gives of the groups whatever else there is.
         names: The key of each group.
-        kinds: By what they share, their :class:`Kind`'s number, and the numbers of what each leaves in the memo. The
-            latest alone: an event that refers to the stack of the one before shares nothing with others.
+        frames: Which of what else there is are the frames; None where there are none.
+        kinds: By what they share, their :class:`Kind`'s number, and the numbers of what each leaves in the memo.
     """
 
     pattern: re.Pattern[bytes]
     numbers: Callable[[tuple[bytes, ...]], tuple[bytes, bytes, bytes]]
     shared: Callable[[tuple[bytes, ...]], tuple[bytes, ...]]
     names: tuple[str, ...]
+    frames: int | None
     kinds: dict[tuple[bytes, ...], tuple[int, array[int]]]
 
 
@@ -527,7 +528,7 @@ class PickleReader:
             while found is not None and at < last:
                 values = found.groups()
                 rest = shared(values)
-                known = shape.kinds.get(rest) or self._learn_kind(shape, values, rest)
+                known = shape.kinds.get(rest) or self._known_kind(shape, values, rest)
                 if known is None:
                     return at
                 for column, number in zip(columns, numbers(values), strict=True):
@@ -567,9 +568,22 @@ class PickleReader:
                 cast("Any", itemgetter(*(names.index(name) for name in _NUMBERS))),
                 cast("Any", shared),
                 tuple(names),
+                [names[place] for place in places].index("frames") if "frames" in names else None,
                 {},
             )
         )
+
+    def _known_kind(
+        self, shape: _Shape, values: tuple[bytes, ...], rest: tuple[bytes, ...]
+    ) -> tuple[int, array[int]] | None:
+        """As :meth:`_learn_kind`, known or new; frames that stand at an earlier event are known by what they are.
+
+        A completed free refers to the frames of its own request, so no two such events have the same bytes.
+        """
+        place = shape.frames
+        if place is not None and rest[place][0] in b"hj" and (at := _place(rest[place])) < len(self._memo):
+            rest = (*rest[:place], self._memo.numbers[at].to_bytes(4, "little"), *rest[place + 1 :])
+        return shape.kinds.get(rest) or self._learn_kind(shape, values, rest)
 
     def _learn_kind(
         self, shape: _Shape, values: tuple[bytes, ...], rest: tuple[bytes, ...]
@@ -612,7 +626,7 @@ class PickleReader:
 
     def _behind(self, reference: bytes) -> Any:
         """What a reference stands for; None if it stands for nothing."""
-        at = reference[1] if reference[0] == 0x68 else _UINT32.unpack_from(reference, 1)[0]
+        at = _place(reference)
         return self._memo[at] if at < len(self._memo) else None
 
     def _stack_of_run(self, run: bytes) -> int | None:
@@ -658,6 +672,11 @@ def _plain_list(target: Any) -> list[Any]:
     if type(target) is not list:
         raise DataError("refused: items appended to something that is not a list; nothing was run")
     return target
+
+
+def _place(reference: bytes) -> int:
+    """The place that a BINGET or LONG_BINGET asks for."""
+    return int.from_bytes(reference[1:], "little")
 
 
 def _put(items: list[Any], target: list[Any]) -> None:
