@@ -1,17 +1,16 @@
 """Which block each event is about: the lives of all blocks of a recording, and what was there before it began.
 
 Nobody recorded the state at the start. Two things tell of it: a free without an allocation, and the final snapshot. The
-memory got from the driver is found by undoing its events, last to first. The size of an older block that was freed
-during the recording stands nowhere; what was asked for does, and the rest of a large block is not split off where it is
-1 MiB or less. But no free block of the large pool is so small, so wherever something was allocated within that distance
-behind the older block, the older block reaches exactly to it.
+size of an older block that was freed during the recording stands nowhere; what was asked for does, and the rest of a
+large block is not split off where it is 1 MiB or less. But no free block of the large pool is so small, so wherever
+something was allocated within that distance behind the older block, the older block reaches exactly to it.
 """
 
 from __future__ import annotations
 
-from bisect import bisect_left, bisect_right, insort
+from bisect import bisect_right
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property
 from itertools import pairwise
 from typing import Any, NamedTuple
@@ -19,31 +18,13 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from memprof.simulator.allocator import SMALL_LIMIT, SMALL_SEGMENT, AllocatorSettings
+from memprof.simulator.allocator import SMALL_LIMIT, AllocatorSettings
 from memprof.snapshots.columns import Column, gathered, stretches
-from memprof.snapshots.recording import (
-    ALLOC,
-    FREE_COMPLETED,
-    SEGMENT_ALLOC,
-    SEGMENT_FREE,
-    SEGMENT_MAP,
-    SEGMENT_UNMAP,
-    Ints,
-    Recording,
-)
+from memprof.snapshots.recording import ALLOC, FREE_COMPLETED, Ints, Recording
+from memprof.snapshots.spans import Span, about_segments, got, running, spans_after, spans_before
 from memprof.units import MIB
 
 Bools = npt.NDArray[np.bool_]
-
-
-@dataclass(slots=True)
-class Span:
-    """Memory got from the driver: a segment, or a contiguous mapped part of an expandable one."""
-
-    size: int
-    lane: int
-    small: bool
-    expandable: bool
 
 
 @dataclass(frozen=True, slots=True)
@@ -149,7 +130,7 @@ class Lives:
     @cached_property
     def reserved(self) -> Ints:
         """Bytes got from the driver after each event."""
-        return gathered("q", _running(_got(self.recording), self.reserved_at_start))
+        return gathered("q", running(got(self.recording), self.reserved_at_start))
 
     @property
     def reserved_at_start(self) -> int:
@@ -174,7 +155,7 @@ class Lives:
                 number += len(allocs)
                 yield change
 
-        return _running(changes(), int(n_bytes(self.older_numbers).sum()))
+        return running(changes(), int(n_bytes(self.older_numbers).sum()))
 
     def program(self, start: int = 0, stop: int | None = None) -> Iterator[Part]:
         """The events from number ``start`` up to ``stop`` that an allocator must hear of."""
@@ -190,7 +171,7 @@ class Lives:
             slots = np.full(len(actions), -1, dtype=np.int32)
             slots[allocs] = self.slots[numbers[allocs]]
             slots[frees] = self.slots[freed[frees]]
-            (at,) = np.nonzero((slots >= 0) | _about_segments(actions))
+            (at,) = np.nonzero((slots >= 0) | about_segments(actions))
             turns = _turns(allocs[at], lanes[at], lane)
             number += int(np.count_nonzero(allocs))
             lane = turns[-1][0]
@@ -222,15 +203,7 @@ class Lives:
 
     def spans_at(self, event: int) -> dict[int, Span]:
         """Memory got from the driver after event number ``event``, by address."""
-        if event >= len(self.recording) - 1:
-            return _final(self.recording)
-        spans = _Spans({address: replace(span) for address, span in self.spans.items()})
-        for action, address, size, lane in _segment_events(self.recording, stop=event + 1):
-            if action in (SEGMENT_ALLOC, SEGMENT_MAP):
-                spans.add(address, _span(self.recording, action, size, lane))
-            else:
-                spans.cut(address, size)
-        return spans.found
+        return spans_after(self.recording, self.spans, event)
 
 
 def _turns(allocs: Bools, lanes: npt.NDArray[np.int32], lane: int) -> list[tuple[int, int]]:
@@ -239,29 +212,6 @@ def _turns(allocs: Bools, lanes: npt.NDArray[np.int32], lane: int) -> list[tuple
     (changes,) = np.nonzero(np.diff(lanes[made], prepend=lane))
     cuts = [0, *made[changes].tolist(), len(allocs)]
     return list(zip([lane, *lanes[made[changes]].tolist()], (b - a for a, b in pairwise(cuts)), strict=True))
-
-
-def _running(changes: Iterator[Ints], level: int) -> Iterator[Ints]:
-    """The levels that ``changes`` lead to from ``level`` on."""
-    for change in changes:
-        levels = change.cumsum() + level
-        level = int(levels[-1])
-        yield levels
-
-
-def _got(recording: Recording) -> Iterator[Ints]:
-    """Bytes got from the driver at each event, a stretch at a time; negative where they went back."""
-    for _, (actions, sizes) in stretches(recording.actions, recording.sizes):
-        more, less = (np.isin(actions, each) for each in ((SEGMENT_ALLOC, SEGMENT_MAP), (SEGMENT_FREE, SEGMENT_UNMAP)))
-        yield sizes * (more.astype(np.int64) - less)
-
-
-def peak_reserved(recording: Recording) -> int:
-    """Reserved at its highest, in bytes, reckoned back from what was reserved at the end."""
-    highest = last = 0
-    for levels in _running(_got(recording), 0):
-        highest, last = max(highest, int(levels.max())), int(levels[-1])
-    return recording.reserved_at_end - last + highest
 
 
 # ------------------------------------------------------------------------------------------------- following the blocks
@@ -376,7 +326,7 @@ def trace_lives(recording: Recording) -> Lives:
     """Follow every block of a recording through its events."""
     found, n = _Follower(), len(recording)
     found.follow(recording)
-    spans, made = _undone(recording), len(found.born)
+    spans, made = spans_before(recording), len(found.born)
     freed = [
         _Freed(each.address, int(recording.sizes[each.event]), int(recording.lane_ids[each.event]),
                each.event, found.gone.get(k, n), k, each.slot)
@@ -471,76 +421,3 @@ def _first_allocations(recording: Recording, freed: list[_Freed], reaches: list[
         for place, event in zip(places.tolist(), (begin + at[first]).tolist(), strict=True):
             found.setdefault(place, event)
     return found
-
-
-# ----------------------------------------------------------------------------------------------- memory from the driver
-
-
-class _Spans:
-    """Memory by address; neighbouring pages of one expandable segment are one span."""
-
-    def __init__(self, found: dict[int, Span]) -> None:
-        self.found, self._starts = found, sorted(found)
-
-    def add(self, address: int, span: Span) -> None:
-        """Put memory into the map."""
-        i = bisect_left(self._starts, address)
-        if span.expandable:
-            for neighbour in self._starts[max(i - 1, 0) : i + 1]:
-                other = self.found[neighbour]
-                touches = address in (neighbour + other.size, neighbour - span.size)
-                if touches and (other.lane, other.small, other.expandable) == (span.lane, span.small, True):
-                    self._starts.remove(neighbour)
-                    del self.found[neighbour]
-                    address, span = min(address, neighbour), replace(span, size=span.size + other.size)
-        if address not in self.found:
-            insort(self._starts, address)
-        self.found[address] = span
-
-    def cut(self, address: int, size: int) -> None:
-        """Take ``[address, address + size)`` out of the map; it may be part of a larger mapped range."""
-        i = bisect_right(self._starts, address) - 1
-        if i < 0 or self._starts[i] + self.found[self._starts[i]].size < address + size:
-            return
-        first = self._starts.pop(i)
-        span = self.found.pop(first)
-        if first < address:
-            self.add(first, replace(span, size=address - first))
-        if address + size < first + span.size:
-            self.add(address + size, replace(span, size=first + span.size - address - size))
-
-
-def _final(recording: Recording) -> dict[int, Span]:
-    return {s.address: Span(s.size, s.lane, s.small, s.expandable) for s in recording.segments}
-
-
-def _about_segments(actions: npt.NDArray[np.int8]) -> Bools:
-    return (actions >= SEGMENT_ALLOC) & (actions <= SEGMENT_UNMAP)
-
-
-def _segment_events(
-    recording: Recording, *, stop: int | None = None, backwards: bool = False
-) -> Iterator[tuple[int, int, int, int]]:
-    """``(action, address, size, lane)`` of every event about memory from the driver."""
-    columns = (recording.actions, recording.addresses, recording.sizes, recording.lane_ids)
-    for _, parts in stretches(*columns, stop=stop, backwards=backwards):
-        (at,) = np.nonzero(_about_segments(parts[0]))
-        yield from zip(*(part[at[::-1] if backwards else at].tolist() for part in parts), strict=True)
-
-
-def _span(recording: Recording, action: int, size: int, lane: int) -> Span:
-    """What an event about memory is about: the sizes of segments and pages tell the pool."""
-    if action in (SEGMENT_MAP, SEGMENT_UNMAP):
-        return Span(size, lane, size % (recording.settings.large_segment_size_mb * MIB) != 0, True)
-    return Span(size, lane, size == SMALL_SEGMENT, False)
-
-
-def _undone(recording: Recording) -> dict[int, Span]:
-    """The memory before the first event: the final one, with every event taken back, last to first."""
-    spans = _Spans(_final(recording))
-    for action, address, size, lane in _segment_events(recording, backwards=True):
-        if action in (SEGMENT_ALLOC, SEGMENT_MAP):
-            spans.cut(address, size)
-        else:
-            spans.add(address, _span(recording, action, size, lane))
-    return spans.found

@@ -18,7 +18,7 @@ import numpy as np
 
 from memprof.simulator.allocator import SMALL_LIMIT, SMALL_SEGMENT, CachingAllocator
 from memprof.snapshots.columns import Column, gathered
-from memprof.snapshots.lives import Lives, Span, trace_lives
+from memprof.snapshots.lives import Lives, trace_lives
 from memprof.snapshots.recording import (
     ALLOC,
     FREE_COMPLETED,
@@ -28,6 +28,7 @@ from memprof.snapshots.recording import (
     Ints,
     Recording,
 )
+from memprof.snapshots.spans import Span
 
 #: How many older blocks may be given another size before memprof says that the replay is not exact.
 MOST_MENDED = 64

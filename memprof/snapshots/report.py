@@ -17,10 +17,10 @@ from memprof.records import Status
 from memprof.simulator.allocator import AllocatorSettings
 from memprof.snapshots.death import Death, explain
 from memprof.snapshots.holding import Fragmentation, Instant, SiteHolder
-from memprof.snapshots.lives import peak_reserved
 from memprof.snapshots.recording import OOM, Ints, Recording, read_recordings
 from memprof.snapshots.replay import ReplayCheck, Replayed, check_replay, replayed
 from memprof.snapshots.sites import call_site, shown, way
+from memprof.snapshots.spans import peak_reserved
 from memprof.snapshots.trials import Room, Trials, WhatIf, room_of
 from memprof.snapshots.versions import knows_expandable_segments
 
