@@ -27,6 +27,8 @@ MOST_IN_MEMORY = 2**20
 STRETCH = 2**16
 
 _TYPES: dict[str, Any] = {"b": np.int8, "i": np.int32, "q": np.int64}
+#: Of every column that lies in a file and is read.
+_maps: weakref.WeakSet[mmap.mmap] = weakref.WeakSet()
 
 
 class Column:
@@ -92,7 +94,9 @@ class Column:
         if self._file is None:
             return np.frombuffer(self.tail, dtype)
         self._file_away()
-        return np.frombuffer(mmap.mmap(self._file, len(self) * dtype().itemsize, access=mmap.ACCESS_READ), dtype)
+        mapped = mmap.mmap(self._file, len(self) * dtype().itemsize, access=mmap.ACCESS_READ)
+        _maps.add(mapped)
+        return np.frombuffer(mapped, dtype)
 
 
 def _unnamed_file() -> int:
@@ -123,14 +127,10 @@ def stretches(
     begins = range(start, stop, STRETCH)
     for begin in reversed(begins) if backwards else begins:
         yield begin, tuple(column[begin : min(begin + STRETCH, stop)] for column in columns)
-        forget(*columns)
+        forget()
 
 
-def forget(*columns: npt.NDArray[Any]) -> None:
-    """Let the system have the pages of columns that lie in files; who reads on gets them again."""
-    for column in columns:
-        base: Any = column
-        while isinstance(base, np.ndarray):
-            base = base.base
-        if isinstance(base, memoryview) and isinstance(base.obj, mmap.mmap):
-            base.obj.madvise(mmap.MADV_DONTNEED)
+def forget() -> None:
+    """Let the system have the pages of all columns that lie in files; who reads on gets them again."""
+    for mapped in list(_maps):
+        mapped.madvise(mmap.MADV_DONTNEED)

@@ -81,7 +81,7 @@ def _instants(allocated: Ints, ooms: list[int], points: int) -> Ints:
     """Of each of ``points`` stretches the highest instant; the out-of-memory events; the first and the last."""
     edges = np.unique(np.linspace(0, len(allocated), points + 1).astype(np.int64))
     tops = [int(b + allocated[b:e].argmax()) for b, e in zip(edges[:-1].tolist(), edges[1:].tolist(), strict=True)]
-    forget(allocated)
+    forget()
     return np.unique(np.array([0, *tops, *ooms, len(allocated) - 1], dtype=np.int64))
 
 
