@@ -13,7 +13,7 @@ import sys
 import tempfile
 import weakref
 from array import array
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import numpy as np
@@ -128,6 +128,19 @@ def stretches(
     for begin in reversed(begins) if backwards else begins:
         yield begin, tuple(column[begin : min(begin + STRETCH, stop)] for column in columns)
         forget()
+
+
+def highest(parts: Iterable[tuple[int, npt.NDArray[Any]]]) -> tuple[int, int]:
+    """The highest number of stretches, and where it stands first; place -1 where there are no numbers.
+
+    numpy's own search copies whatever may not be written to.
+    """
+    most, at = 0, -1
+    for begin, part in parts:
+        place = int(part.argmax())
+        if at < 0 or part[place] > most:
+            most, at = int(part[place]), begin + place
+    return most, at
 
 
 def forget() -> None:

@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections import deque
 from dataclasses import dataclass
 from heapq import heapify, heappop, heappush
+from itertools import pairwise
 
 import numpy as np
 
-from memprof.snapshots.columns import forget, stretches
+from memprof.snapshots.columns import highest, stretches
 from memprof.snapshots.holding import Way, labeller
 from memprof.snapshots.lives import Lives
 from memprof.snapshots.recording import ALLOC, OOM, Ints
@@ -80,8 +81,8 @@ def curve(replayed: Replayed, allocated: Ints, way: Way, points: int = 800) -> C
 def _instants(allocated: Ints, ooms: list[int], points: int) -> Ints:
     """Of each of ``points`` stretches the highest instant; the out-of-memory events; the first and the last."""
     edges = np.unique(np.linspace(0, len(allocated), points + 1).astype(np.int64))
-    tops = [int(b + allocated[b:e].argmax()) for b, e in zip(edges[:-1].tolist(), edges[1:].tolist(), strict=True)]
-    forget()
+    parts = (stretches(allocated, start=start, stop=stop) for start, stop in pairwise(edges.tolist()))
+    tops = [highest((begin, part) for begin, (part,) in each)[1] for each in parts]
     return np.unique(np.array([0, *tops, *ooms, len(allocated) - 1], dtype=np.int64))
 
 

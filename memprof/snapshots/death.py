@@ -12,7 +12,7 @@ import numpy as np
 
 from memprof.errors import BadValue
 from memprof.simulator.allocator import AllocatorSettings
-from memprof.snapshots.columns import stretches
+from memprof.snapshots.columns import highest, stretches
 from memprof.snapshots.holding import Fragmentation, Instant, SiteHolder, Way, labeller
 from memprof.snapshots.recording import OOM, Recording
 from memprof.snapshots.replay import Replayed
@@ -157,11 +157,8 @@ def _splits(settings: AllocatorSettings) -> Iterator[tuple[int, AllocatorSetting
 
 def _emptied(trials: Trials, replayed: Replayed, event: int, room: int) -> Remedy:
     """``empty_cache()`` at the instant when most was cached."""
-    most, at = 0, -1
-    for begin, (reserved, allocated) in stretches(trials.lives.reserved, replayed.allocated(), stop=event):
-        cached = reserved - allocated
-        if at < 0 or cached.max() > most:
-            most, at = int(cached.max()), begin + int(cached.argmax())
+    columns = stretches(trials.lives.reserved, replayed.allocated(), stop=event)
+    most, at = highest((begin, reserved - allocated) for begin, (reserved, allocated) in columns)
     if at < 0:
         return Remedy("empty_cache() before", False, "nothing was recorded before")
     fits = trials.least() <= room and trials.run(room=room, as_recorded=True, empty_at=at).fits

@@ -15,6 +15,7 @@ import numpy as np
 from memprof.errors import BadValue, DataError
 from memprof.records import Status
 from memprof.simulator.allocator import AllocatorSettings
+from memprof.snapshots.columns import highest, stretches
 from memprof.snapshots.death import Death, explain
 from memprof.snapshots.holding import Fragmentation, Instant, SiteHolder
 from memprof.snapshots.recording import OOM, Ints, Recording, read_recordings
@@ -156,14 +157,16 @@ def study(
     found = replayed(recording)
     allocated, lives = found.allocated(), found.lives
     before = int(found.granted[lives.made :].sum())
-    peak = int(allocated.argmax()) if len(allocated) and allocated.max() > before else -1
+    most, peak = highest((begin, part) for begin, (part,) in stretches(allocated))
+    if most <= before:
+        most, peak = before, -1
     room = room_of(lives)
     limit = Room(room_bytes, "as asked for") if room_bytes is not None else room
     trials = Trials(lives, limit, recording.last_oom)
     instant = Instant.of(found, peak)
     report = _report(
         path, recording, instant, instant.holders(adding)[:top], by, devices, notes,
-        peak_allocated_bytes=max(before, int(allocated.max())),
+        peak_allocated_bytes=most,
         peak_reserved_bytes=max(lives.reserved_at_start, int(lives.reserved.max())),
         peak_event=peak,
         replay=found.check,
