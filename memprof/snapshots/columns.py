@@ -127,7 +127,8 @@ def stretches(
     begins = range(start, stop, STRETCH)
     for begin in reversed(begins) if backwards else begins:
         yield begin, tuple(column[begin : min(begin + STRETCH, stop)] for column in columns)
-        forget()
+        if begin + STRETCH <= stop:
+            _forget()
 
 
 def highest(parts: Iterable[tuple[int, npt.NDArray[Any]]]) -> tuple[int, int]:
@@ -143,7 +144,7 @@ def highest(parts: Iterable[tuple[int, npt.NDArray[Any]]]) -> tuple[int, int]:
     return most, at
 
 
-def forget() -> None:
+def _forget() -> None:
     """Let the system have the pages of all columns that lie in files; who reads on gets them again."""
     for mapped in list(_maps):
         mapped.madvise(mmap.MADV_DONTNEED)
