@@ -11,6 +11,7 @@ from typing import Any
 
 from memprof.errors import DataError
 from memprof.snapshots.curve import Curve, curve
+from memprof.snapshots.recording import OOM
 from memprof.snapshots.report import Studied
 from memprof.snapshots.sites import shown, way
 
@@ -51,7 +52,7 @@ def _events(studied: Studied, drawn: Curve) -> Iterator[dict[str, Any]]:
         yield _counter(pid, time, "allocated", {"bytes": int(drawn.allocated[i])})
         yield _counter(pid, time, "reserved", {"bytes": int(drawn.reserved[i])})
         yield _counter(pid, time, stacked, level)
-        if event in drawn.ooms:
+        if recording.actions[event] == OOM:
             args = {"asked for, bytes": int(recording.sizes[event]), "free, bytes": int(recording.addresses[event])}
             yield {"ph": "i", "name": "out of memory", "pid": pid, "tid": 1, "ts": time, "s": "g", "args": args}
     if drawn.times.any():

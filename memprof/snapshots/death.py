@@ -12,6 +12,7 @@ import numpy as np
 
 from memprof.errors import BadValue
 from memprof.simulator.allocator import AllocatorSettings
+from memprof.snapshots.columns import highest, stretches
 from memprof.snapshots.holding import Fragmentation, Instant, SiteHolder, Way, labeller
 from memprof.snapshots.recording import OOM, Recording
 from memprof.snapshots.replay import Replayed
@@ -82,10 +83,9 @@ class Death:
 def explain(replayed: Replayed, room: Room, top: int, way: Way) -> Death | None:
     """The last out-of-memory event of a recording; None if there is none."""
     recording = replayed.lives.recording
-    (ooms,) = np.nonzero(recording.actions == OOM)
-    if not len(ooms):
+    event = recording.last_oom
+    if event is None:
         return None
-    event = int(ooms[-1])
     asked = int(recording.sizes[event])
     instant = Instant.of(replayed, event)
     memory, free = instant.fragmentation(), int(recording.addresses[event])
@@ -94,7 +94,7 @@ def explain(replayed: Replayed, room: Room, top: int, way: Way) -> Death | None:
     text = recording.labels[int(recording.label_ids[event])] if len(recording.label_ids) else ""
     return Death(
         event=event,
-        count=len(ooms),
+        count=sum(map(len, recording.events_of(OOM))),
         asked_bytes=asked,
         site=call_site(recording.stacks[int(recording.stack_ids[event])]),
         free_bytes=free,
@@ -157,15 +157,15 @@ def _splits(settings: AllocatorSettings) -> Iterator[tuple[int, AllocatorSetting
 
 def _emptied(trials: Trials, replayed: Replayed, event: int, room: int) -> Remedy:
     """``empty_cache()`` at the instant when most was cached."""
-    cached = trials.lives.reserved[:event] - replayed.allocated()[:event]
-    if not len(cached):
+    columns = stretches(trials.lives.reserved, replayed.allocated(), stop=event)
+    most, at = highest((begin, reserved - allocated) for begin, (reserved, allocated) in columns)
+    if at < 0:
         return Remedy("empty_cache() before", False, "nothing was recorded before")
-    at = int(cached.argmax())
     fits = trials.least() <= room and trials.run(room=room, as_recorded=True, empty_at=at).fits
     return Remedy(
         "empty_cache() before",
         fits,
-        f"called when most was cached, {format_bytes(int(cached[at]))}, {event - at:,} events earlier"
+        f"called when most was cached, {format_bytes(most)}, {event - at:,} events earlier"
         if fits
         else "torch had given back all that it could before it failed",
     )
@@ -190,20 +190,14 @@ def _without(trials: Trials, replayed: Replayed, instant: Instant, event: int, r
     """The largest call sites gone, one after the other until the request is served."""
     lives = replayed.lives
     label = labeller(lives.recording, call_site)
-    stacks = lives.stacks.astype(np.int64)
-    made = len(lives.born) - len(lives.older)
-    stacks[made:][stacks[made:] == 0] = -1
-    away = np.zeros(len(stacks), dtype=bool)
-    held = np.zeros(len(stacks), dtype=bool)
-    held[lives.held_at(event)] = True
-    numbers = np.unique(stacks).tolist()
-    gone = []
+    held = lives.held_at(event)
+    stacks, away, gone = lives.stacks(held), np.zeros(len(held), dtype=bool), []
     for holder in instant.holders(call_site)[:MOST_HOLDERS]:
-        own = [number for number in numbers if label(number) == holder.site]
-        away |= held & np.isin(stacks, own)
+        away |= np.isin(stacks, [number for number in np.unique(stacks).tolist() if label(number) == holder.site])
+        without = held[away]
         gone.append(holder.site)
-        fits = trials.least(without=away) <= room and trials.run(room=room, as_recorded=True, without=away).fits
-        n_bytes = int(replayed.granted[away].sum())
+        fits = trials.least(without=without) <= room and trials.run(room=room, as_recorded=True, without=without).fits
+        n_bytes = int(replayed.granted[without].sum())
         yield Remedy(f"without what {' and '.join(gone)} held", fits, f"{format_bytes(n_bytes)} less")
         if fits:
             return

@@ -74,15 +74,12 @@ class Instant:
         """After event number ``event`` (-1: before the first)."""
         lives = replayed.lives
         held, taken = lives.held_at(event), lives.occupied_at(event)
-        made = len(lives.born) - len(lives.older)
-        stacks = lives.stacks[held].astype(np.int64)
-        stacks[(held >= made) & (stacks == 0)] = -1
         where = zip(lives.addresses(taken).tolist(), replayed.granted[taken].tolist(), strict=True)
         spans = [
             (address, span.size, _page(lives.recording, span.small) if span.expandable else 0)
             for address, span in sorted(lives.spans_at(event).items())
         ]
-        return cls(lives.recording, stacks, replayed.granted[held], sorted(where), spans)
+        return cls(lives.recording, lives.stacks(held), replayed.granted[held], sorted(where), spans)
 
     @classmethod
     def at_end(cls, recording: Recording) -> Instant:

@@ -60,7 +60,7 @@ def _drawn(studied: Studied) -> dict[str, Any]:
         ],
         "curve": {
             "events": drawn.events.tolist(), "allocated": drawn.allocated.tolist(),
-            "reserved": drawn.reserved.tolist(), "ooms": drawn.ooms[-64:].tolist(), "largest": largest,
+            "reserved": drawn.reserved.tolist(), "ooms": drawn.ooms.tolist(), "largest": largest,
         },
         "sites": list(sites),
     }  # fmt: skip

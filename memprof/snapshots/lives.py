@@ -1,47 +1,30 @@
 """Which block each event is about: the lives of all blocks of a recording, and what was there before it began.
 
 Nobody recorded the state at the start. Two things tell of it: a free without an allocation, and the final snapshot. The
-memory got from the driver is found by undoing its events, last to first. The size of an older block that was freed
-during the recording stands nowhere; what was asked for does, and the rest of a large block is not split off where it is
-1 MiB or less. But no free block of the large pool is so small, so wherever something was allocated within that distance
-behind the older block, the older block reaches exactly to it.
+size of an older block that was freed during the recording stands nowhere; what was asked for does, and the rest of a
+large block is not split off where it is 1 MiB or less. But no free block of the large pool is so small, so wherever
+something was allocated within that distance behind the older block, the older block reaches exactly to it.
 """
 
 from __future__ import annotations
 
-from bisect import bisect_left, bisect_right, insort
-from dataclasses import dataclass, replace
+from bisect import bisect_right
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from functools import cached_property
+from itertools import pairwise
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
-from memprof.simulator.allocator import SMALL_LIMIT, SMALL_SEGMENT
-from memprof.snapshots.recording import (
-    ALLOC,
-    FREE_COMPLETED,
-    FREE_REQUESTED,
-    SEGMENT_ALLOC,
-    SEGMENT_FREE,
-    SEGMENT_MAP,
-    SEGMENT_UNMAP,
-    Ints,
-    Recording,
-    chunks,
-)
+from memprof.simulator.allocator import SMALL_LIMIT, AllocatorSettings
+from memprof.snapshots.columns import Column, gathered, stretches
+from memprof.snapshots.recording import ALLOC, FREE_COMPLETED, Ints, Recording
+from memprof.snapshots.spans import Span, about_segments, got, running, spans_after, spans_before
 from memprof.units import MIB
 
 Bools = npt.NDArray[np.bool_]
-
-
-@dataclass(slots=True)
-class Span:
-    """Memory got from the driver: a segment, or a contiguous mapped part of an expandable one."""
-
-    size: int
-    lane: int
-    small: bool
-    expandable: bool
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,311 +42,382 @@ class OlderBlock:
     known: bool
 
 
-#: What an allocator does, as against what it is asked to note.
-HEARD = (ALLOC, FREE_COMPLETED, SEGMENT_ALLOC, SEGMENT_FREE, SEGMENT_MAP, SEGMENT_UNMAP)
-
-
 @dataclass(frozen=True)
-class Program:
-    """Events that an allocator must hear of, as columns: what, where, bytes, which block, which lane, which event."""
+class Part:
+    """A stretch of the events that an allocator must hear of, as columns.
+
+    Attributes:
+        actions: What each is.
+        events: Which of the recording's.
+        numbers: The block that each allocates; that of the allocation before where it is none.
+        slots: The slot (:class:`Lives`) of the block that it allocates or makes free; -1 for one about segments.
+        turns: ``(lane, events)`` of runs whose allocations are all on one lane; together they are the stretch.
+    """
 
     actions: npt.NDArray[np.int8]
-    addresses: Ints
-    sizes: Ints
-    numbers: npt.NDArray[np.int32]
-    lanes: npt.NDArray[np.int32]
     events: Ints
-
-    def turns(self) -> list[tuple[int, int, int]]:
-        """``(start, stop, lane)`` of the stretches whose allocations are all on one lane."""
-        (allocs,) = np.nonzero(self.actions == ALLOC)
-        lanes = self.lanes[allocs]
-        (changes,) = np.nonzero(lanes[1:] != lanes[:-1])
-        starts = [0, *allocs[changes + 1].tolist()]
-        own = [*lanes[:1].tolist(), *lanes[changes + 1].tolist()] or [0]
-        return list(zip(starts, [*starts[1:], len(self.actions)], own, strict=True))
+    numbers: Ints
+    slots: npt.NDArray[np.int32]
+    turns: list[tuple[int, int]]
 
 
 @dataclass(frozen=True)
 class Lives:
     """Every block of a recording by a number: first those allocated in it, in order, then the older ones.
 
+    A block also has a slot while it is there, which no other has then: whoever runs the events again needs a table of
+    slots alone, and that is as long as there were blocks at once. Where a recording has lost a free, its block goes
+    when something else is allocated in its place, and that takes over the slot.
+
     Attributes:
         recording: Whose blocks they are.
         spans: Memory got from the driver when the recording began, by address.
         older: The blocks in use then, by address.
         born: The event of each block's allocation; -1 for an older one.
-        ends: The event from which each block no longer counts as allocated (its free was asked for, or completed
-            without having been asked for); the number of events for one that stays.
-        gone: The event that made each block free for others.
-        numbers: Each event's block; -1 for an event about none.
+        slots: Each block's slot.
+        ended: The block that each event ends, as far as bytes count (its free was asked for, or completed without
+            having been asked for); -1 where it ends none.
+        freed: The block that each event makes free for others, in the same way.
     """
 
     recording: Recording
     spans: dict[int, Span]
     older: tuple[OlderBlock, ...]
     born: Ints
-    ends: Ints
-    gone: Ints
-    numbers: npt.NDArray[np.int32]
+    slots: npt.NDArray[np.int32]
+    ended: npt.NDArray[np.int32]
+    freed: npt.NDArray[np.int32]
+
+    @property
+    def made(self) -> int:
+        """How many blocks were allocated in the recording: the number of the first older one."""
+        return len(self.born) - len(self.older)
 
     @cached_property
-    def requested(self) -> Ints:
-        """Bytes each block was asked for."""
-        made = self.recording.sizes[self.born[: len(self.born) - len(self.older)]]
-        return np.concatenate([made, np.array([block.requested for block in self.older], dtype=np.int64)])
+    def older_numbers(self) -> Ints:
+        """The numbers of the older blocks."""
+        return np.arange(self.made, len(self.born))
 
     @cached_property
-    def stacks(self) -> npt.NDArray[np.int32]:
-        """The stack of each block's allocation; 0 for an older one that did not live to the final snapshot."""
-        made = self.recording.stack_ids[self.born[: len(self.born) - len(self.older)]]
-        return np.concatenate([made, np.array([block.stack for block in self.older], dtype=np.int32)])
+    def most_slots(self) -> int:
+        """How many slots there are."""
+        return 1 + max((int(part.max()) for _, (part,) in stretches(self.slots)), default=-1)
+
+    @cached_property
+    def _of_older(self) -> Ints:
+        """Address, bytes asked for and stack of the older blocks; -1 is the stack of one of which it is not known."""
+        rows = [(block.address, block.requested, block.stack or -1) for block in self.older]
+        return np.array(rows, dtype=np.int64).reshape(-1, 3).T
+
+    def addresses(self, numbers: Ints) -> Ints:
+        """Where the blocks ``numbers`` lie."""
+        return self._looked_up(numbers, self.recording.addresses, self._of_older[0])
+
+    def requested(self, numbers: Ints) -> Ints:
+        """Bytes that the blocks ``numbers`` were asked for."""
+        return self._looked_up(numbers, self.recording.sizes, self._of_older[1])
+
+    def stacks(self, numbers: Ints) -> Ints:
+        """The stacks that allocated the blocks ``numbers``; -1 for one that was there before, if it did not stay."""
+        return self._looked_up(numbers, self.recording.stack_ids, self._of_older[2])
+
+    def _looked_up(self, numbers: Ints, column: npt.NDArray[Any], older: Ints) -> Ints:
+        found = column[self.born[numbers]].astype(np.int64)
+        before = numbers >= self.made
+        found[before] = older[numbers[before] - self.made]
+        return found
 
     @cached_property
     def reserved(self) -> Ints:
         """Bytes got from the driver after each event."""
-        return _got(self.recording).cumsum() + self.reserved_at_start
+        return gathered("q", running(got(self.recording), self.reserved_at_start))
 
     @property
     def reserved_at_start(self) -> int:
         """Bytes got from the driver before the first event."""
         return sum(span.size for span in self.spans.values())
 
-    def program(self, stop: int | None = None) -> Program:
-        """The events that an allocator must hear of, up to event number ``stop``.
+    def levels(
+        self, over: npt.NDArray[np.int32], n_bytes: Callable[[Ints], Ints], stop: int | None = None
+    ) -> Iterator[Ints]:
+        """The bytes in blocks after each event up to number ``stop``, a stretch at a time.
 
-        Where a recording has lost a free, its block goes when something else is allocated in its place.
+        ``over`` says which block goes (:attr:`ended` or :attr:`freed`), ``n_bytes`` the bytes of blocks by number.
         """
-        recording, n = self.recording, len(self.recording)
-        stop = n if stop is None else stop
-        heard = np.isin(recording.actions, HEARD)
-        heard[stop:] = False
-        (at,) = np.nonzero(heard)
-        lost = np.nonzero(self.gone < stop)[0]
-        lost = lost[recording.actions[self.gone[lost]] == ALLOC]
-        where = np.searchsorted(at, self.gone[lost])
-        actions = np.insert(recording.actions[at], where, np.int8(FREE_COMPLETED))
-        return Program(
-            actions=actions,
-            addresses=np.insert(recording.addresses[at], where, 0),
-            sizes=np.insert(recording.sizes[at], where, 0),
-            numbers=np.insert(self.numbers[at], where, lost.astype(np.int32)),
-            lanes=np.insert(recording.lane_ids[at], where, 0),
-            events=np.insert(at, where, self.gone[lost]),
-        )
+
+        def changes() -> Iterator[Ints]:
+            number = 0
+            for _, (actions, gone) in stretches(self.recording.actions, over, stop=stop):
+                (allocs,), (frees,) = np.nonzero(actions == ALLOC), np.nonzero(gone >= 0)
+                change = np.zeros(len(actions), dtype=np.int64)
+                change[allocs] = n_bytes(np.arange(number, number + len(allocs)))
+                change[frees] -= n_bytes(gone[frees].astype(np.int64))
+                number += len(allocs)
+                yield change
+
+        return running(changes(), int(n_bytes(self.older_numbers).sum()))
+
+    def program(self, start: int = 0, stop: int | None = None) -> Iterator[Part]:
+        """The events from number ``start`` up to ``stop`` that an allocator must hear of."""
+        recording = self.recording
+        number = int(np.searchsorted(self.born[: self.made], start))
+        lane = int(recording.lane_ids[self.born[number]]) if number < self.made else 0
+        for begin, (actions, lanes, freed) in stretches(
+            recording.actions, recording.lane_ids, self.freed, start=start, stop=stop
+        ):
+            allocs = actions == ALLOC
+            frees = (freed >= 0) & ~allocs
+            numbers = number - 1 + np.cumsum(allocs)
+            slots = np.full(len(actions), -1, dtype=np.int32)
+            slots[allocs] = self.slots[numbers[allocs]]
+            slots[frees] = self.slots[freed[frees]]
+            (at,) = np.nonzero((slots >= 0) | about_segments(actions))
+            turns = _turns(allocs[at], lanes[at], lane)
+            number += int(np.count_nonzero(allocs))
+            lane = turns[-1][0]
+            if len(at):
+                yield Part(actions[at], begin + at, numbers[at], slots[at], turns)
 
     def held_at(self, event: int) -> Ints:
         """The numbers of the blocks that are allocated after event number ``event`` (-1: before the first)."""
-        return np.nonzero((self.born <= event) & (self.ends > event))[0]
+        return self._there(self.ended, event)
 
     def occupied_at(self, event: int) -> Ints:
         """As :meth:`held_at`, with the blocks whose free was asked for but not completed."""
-        return np.nonzero((self.born <= event) & (self.gone > event))[0]
+        return self._there(self.freed, event)
 
-    def addresses(self, numbers: Ints) -> Ints:
-        """Where the blocks ``numbers`` lie."""
-        made = len(self.born) - len(self.older)
-        places = np.array([block.address for block in self.older], dtype=np.int64)
-        found = self.recording.addresses[self.born[numbers]]
-        if len(places):
-            found = np.where(numbers >= made, places[np.maximum(numbers - made, 0)], found)
-        return found
+    def _there(self, over: npt.NDArray[np.int32], event: int) -> Ints:
+        there = set(self.older_numbers.tolist())
+        for born, gone in self.changes(over, 0, event + 1):
+            there.update(born)
+            there.difference_update(gone)
+        return np.array(sorted(there), dtype=np.int64)
+
+    def changes(self, over: npt.NDArray[np.int32], start: int, stop: int) -> Iterator[tuple[range, list[int]]]:
+        """The blocks that come and those that go (``over`` says which) from event ``start`` up to ``stop``."""
+        number = int(np.searchsorted(self.born[: self.made], start))
+        for _, (actions, gone) in stretches(self.recording.actions, over, start=start, stop=stop):
+            after = number + int(np.count_nonzero(actions == ALLOC))
+            yield range(number, after), gone[gone >= 0].tolist()
+            number = after
 
     def spans_at(self, event: int) -> dict[int, Span]:
         """Memory got from the driver after event number ``event``, by address."""
-        if event >= len(self.recording) - 1:
-            return _final(self.recording)
-        spans = _Spans({address: replace(span) for address, span in self.spans.items()})
-        for action, address, size, lane in _segment_events(self.recording, event + 1):
-            if action in (SEGMENT_ALLOC, SEGMENT_MAP):
-                spans.add(address, _span(self.recording, action, size, lane))
-            else:
-                spans.cut(address, size)
-        return spans.found
+        return spans_after(self.recording, self.spans, event)
 
 
-def _got(recording: Recording) -> Ints:
-    """Bytes got from the driver at each event; negative where they went back."""
-    change = np.zeros(len(recording), dtype=np.int64)
-    for sign, actions in ((1, (SEGMENT_ALLOC, SEGMENT_MAP)), (-1, (SEGMENT_FREE, SEGMENT_UNMAP))):
-        where = np.isin(recording.actions, actions)
-        change[where] = sign * recording.sizes[where]
-    return change
+def _turns(allocs: Bools, lanes: npt.NDArray[np.int32], lane: int) -> list[tuple[int, int]]:
+    """``(lane, events)`` of the runs whose allocations are all on one lane; ``lane`` is that of the first run."""
+    (made,) = np.nonzero(allocs)
+    (changes,) = np.nonzero(np.diff(lanes[made], prepend=lane))
+    cuts = [0, *made[changes].tolist(), len(allocs)]
+    return list(zip([lane, *lanes[made[changes]].tolist()], (b - a for a, b in pairwise(cuts)), strict=True))
 
 
-def peak_reserved(recording: Recording) -> int:
-    """Reserved at its highest, in bytes, reckoned back from what was reserved at the end."""
-    change = _got(recording)
-    later = change[::-1].cumsum()
-    return recording.reserved_at_end - int(later.min(initial=0))
+# ------------------------------------------------------------------------------------------------- following the blocks
+
+
+class _Stray(NamedTuple):
+    """A free of what nobody allocated, as far as is known: the first at its address."""
+
+    address: int
+    event: int
+    slot: int
+
+
+class _Freed(NamedTuple):
+    """A block that may be an older one: bytes asked for, lane, its first event, the one that frees it, its stray."""
+
+    address: int
+    requested: int
+    lane: int
+    event: int
+    gone: int
+    stray: int
+    slot: int
+
+
+#: In :attr:`_Follower.here`, for an address where nothing is.
+_NOTHING = -(2**62)
+
+
+class _Follower:
+    """Goes through the events once, knowing what is where.
+
+    Blocks are numbered as :class:`Lives` does, but the stray number ``k`` is ``-2 - k``, as nobody knows how many
+    allocations are to come, nor yet whether it is about an older block.
+
+    Attributes:
+        here: By address the slot of the block there; inverted where its free was asked for.
+        strays: By address.
+        ends, gone: The events that end a stray and make it free.
+    """
+
+    def __init__(self) -> None:
+        self.born, self.slots, self.ended, self.freed = Column("q"), Column("i"), Column("i"), Column("i")
+        self.here: dict[int, int] = {}
+        self.strays: dict[int, _Stray] = {}
+        self.ends: dict[int, int] = {}
+        self.gone: dict[int, int] = {}
+        self.holders: list[int] = []  # by slot, whose it is
+        self._spare: list[int] = []
+
+    def follow(self, recording: Recording) -> None:
+        """Go through all events."""
+        for begin, (actions, addresses) in stretches(recording.actions, recording.addresses):
+            self.born.extend(begin + np.nonzero(actions == ALLOC)[0])
+            ended, freed = self._stretch(begin, actions.tolist(), addresses.tolist())
+            for numbers, column, stray_events in ((ended, self.ended, self.ends), (freed, self.freed, self.gone)):
+                part = np.array(numbers, dtype=np.int32)
+                (at,) = np.nonzero(part < -1)
+                stray_events.update(zip((-2 - part[at]).tolist(), (begin + at).tolist(), strict=True))
+                part[at] = -1
+                column.extend(part)
+
+    def _stretch(self, begin: int, actions: list[int], addresses: list[int]) -> tuple[list[int], list[int]]:
+        """The blocks that each event ends and makes free."""
+        here, holders, spare, new_slot = self.here, self.holders, self._spare, self.slots.tail.append
+        ended, freed, number = [-1] * len(actions), [-1] * len(actions), len(self.slots)
+        for i, (action, address) in enumerate(zip(actions, addresses, strict=True)):
+            if action > FREE_COMPLETED:
+                continue
+            slot = here.get(address, _NOTHING)
+            if action == ALLOC:
+                if slot == _NOTHING:
+                    slot = spare.pop() if spare else self._more_slots()
+                else:  # a free was lost
+                    if slot >= 0:
+                        ended[i] = holders[slot]
+                    slot = max(slot, ~slot)
+                    freed[i] = holders[slot]
+                here[address] = slot
+                holders[slot] = number
+                new_slot(slot)
+                number += 1
+                continue
+            if slot == _NOTHING:
+                if address in self.strays:
+                    continue
+                slot = self._stray(address, begin + i)
+            if slot >= 0:
+                ended[i] = holders[slot]
+                here[address] = ~slot
+            if action == FREE_COMPLETED:
+                slot = max(slot, ~slot)
+                freed[i] = holders[slot]
+                spare.append(slot)
+                del here[address]
+        self.slots.settle()
+        return ended, freed
+
+    def _more_slots(self) -> int:
+        self.holders.append(-1)
+        return len(self.holders) - 1
+
+    def _stray(self, address: int, event: int) -> int:
+        """A slot that nothing had before, for what may have been there from the start."""
+        slot = self._more_slots()
+        self.holders[slot] = -2 - len(self.strays)
+        self.strays[address] = _Stray(address, event, slot)
+        return slot
 
 
 def trace_lives(recording: Recording) -> Lives:
     """Follow every block of a recording through its events."""
-    n = len(recording)
-    about = np.nonzero(np.isin(recording.actions, (ALLOC, FREE_REQUESTED, FREE_COMPLETED)))[0]
-    order = about[np.argsort(recording.addresses[about], kind="stable")]
-    action, address = recording.actions[order], recording.addresses[order]
-    first = np.ones(len(order), dtype=bool)
-    first[1:] = address[1:] != address[:-1]
-    allocs = action == ALLOC
-    # A life begins with an allocation, or with the first event at an address; all others belong to the latest one.
-    begins = allocs | first
-    which = np.cumsum(begins) - 1
-    start = np.nonzero(begins)[0]
-    older = ~allocs[start]
-    births = np.where(older, -1, order[start])
-    asked = _first(which, order, action == FREE_REQUESTED, len(start), n)
-    gone = _first(which, order, action == FREE_COMPLETED, len(start), n)
-    # A recording may have lost a free: then the next allocation at the place ends the life.
-    next_start = np.full(len(start), n, dtype=np.int64)
-    same = ~first[start[1:]]
-    next_start[:-1][same] = order[start[1:]][same]
-    gone = np.minimum(gone, next_start)
-    ends = np.minimum(asked, gone)
-
-    made = np.argsort(np.where(older, n, births), kind="stable")[: int((~older).sum())]
-    before = np.nonzero(older)[0]
-    number = np.empty(len(start), dtype=np.int32)
-    number[made] = np.arange(len(made), dtype=np.int32)
-    number[before] = len(made) + np.arange(len(before), dtype=np.int32)
-    numbers = np.full(n, -1, dtype=np.int32)
-    numbers[order] = number[which]
-    spans = _undone(recording)
-    at = order[start[before]]
-    freed = list(chunks(address[start[before]], recording.sizes[at], recording.lane_ids[at], gone[before]))
-    stay = _staying(recording, address)
-    blocks = _sized(recording, spans, freed, stay)
-    rest = np.full(len(stay), n, dtype=np.int64)
-    return Lives(
-        recording,
-        spans,
-        tuple(blocks),
-        born=np.concatenate([births[made], np.full(len(blocks), -1, dtype=np.int64)]),
-        ends=np.concatenate([ends[made], ends[before], rest]),
-        gone=np.concatenate([gone[made], gone[before], rest]),
-        numbers=numbers,
-    )
+    found, n = _Follower(), len(recording)
+    found.follow(recording)
+    spans, made = spans_before(recording), len(found.born)
+    freed = [
+        _Freed(each.address, int(recording.sizes[each.event]), int(recording.lane_ids[each.event]),
+               each.event, found.gone.get(k, n), k, each.slot)
+        for k, each in enumerate(found.strays.values())
+    ]  # fmt: skip
+    older, freed = _sized(recording, spans, sorted(freed), _staying(recording))
+    for number, each in enumerate(freed, made):
+        for events, column in ((found.ends, found.ended), (found.gone, found.freed)):
+            if each.stray in events:
+                column[events[each.stray]] = number
+    slots = [each.slot for each in freed]
+    slots += range(len(found.holders), len(found.holders) + len(older) - len(freed))
+    found.slots.extend(np.array(slots))
+    found.born.extend(np.full(len(older), -1))
+    columns = (column.whole() for column in (found.born, found.slots, found.ended, found.freed))
+    return Lives(recording, spans, tuple(older), *columns)
 
 
-def _first(which: Ints, order: Ints, chosen: Bools, count: int, missing: int) -> Ints:
-    """For each life, the first of its events that is ``chosen``."""
-    found = np.full(count, missing, dtype=np.int64)
-    np.minimum.at(found, which[chosen], order[chosen])
-    return found
-
-
-def _staying(recording: Recording, addresses: Ints) -> list[OlderBlock]:
+def _staying(recording: Recording) -> list[OlderBlock]:
     """Blocks of the final snapshot that no event is about: they were there before the recording."""
-    touched = set(np.unique(addresses).tolist())
+    places = np.array([b.address for s in recording.segments for b in s.blocks if b.live], dtype=np.int64)
+    for _, (actions, addresses) in stretches(recording.actions, recording.addresses):
+        places = places[~np.isin(places, addresses[actions <= FREE_COMPLETED])]
+    untouched = set(places.tolist())
     return [
         OlderBlock(block.address, block.size, block.requested, segment.lane, block.stack, known=True)
         for segment in recording.segments
         for block in segment.blocks
-        if block.live and block.address not in touched
+        if block.live and block.address in untouched
     ]
 
 
 def _sized(
-    recording: Recording,
-    spans: dict[int, Span],
-    freed: list[tuple[int, int, int, int]],
-    stay: list[OlderBlock],
-) -> list[OlderBlock]:
-    """The older blocks, those that were freed with the sizes that what lies behind them leaves."""
-    settings = recording.settings
-    max_split = None if settings.max_split_size_mb is None else settings.max_split_size_mb * MIB
-    starts, final = sorted(spans), {b.address: b for s in recording.segments for b in s.blocks if b.live}
-    (made,) = np.nonzero(recording.actions == ALLOC)
-    places, at = np.unique(recording.addresses[made], return_index=True)
-    earliest = made[at]
-    fixed = np.array(sorted([block.address for block in stay] + [address for address, *_ in freed]), dtype=np.int64)
+    recording: Recording, spans: dict[int, Span], freed: list[_Freed], stay: list[OlderBlock]
+) -> tuple[list[OlderBlock], list[_Freed]]:
+    """The older blocks, those that were freed with the sizes that what lies behind them leaves; and which those are."""
+    settings, starts = recording.settings, sorted(spans)
+    final = {b.address: b for s in recording.segments for b in s.blocks if b.live}
+    reaches = [_reach(each, settings, spans, starts) for each in freed]
+    earliest = _first_allocations(recording, freed, reaches)
+    # Of a block that was allocated and freed, a second free is no sign that one was there before.
+    kept = [(each, reach) for each, reach in zip(freed, reaches, strict=True)
+            if earliest.get(each.address, len(recording)) > each.event]  # fmt: skip
+    places, fixed = sorted(earliest), sorted([block.address for block in stay] + [each.address for each, _ in kept])
+    firsts = np.array([earliest[place] for place in places], dtype=np.int64)
     blocks = []
-    for address, requested, lane, gone in freed:
-        want = size = settings.round_size(requested)
-        i = bisect_right(starts, address) - 1
-        span = spans[starts[i]] if i >= 0 else None
-        still = final.get(address) if gone == len(recording) else None
+    for each, reach in kept:
+        want = size = settings.round_size(each.requested)
+        still = final.get(each.address) if each.gone == len(recording) else None
         if still is not None:
             size = still.size
-        elif span is not None and not span.small and not settings.expandable_segments:
-            stop = starts[i] + span.size
-            whole = max_split is not None and want >= max_split
-            reach = stop if whole else min(stop, address + want + SMALL_LIMIT)
-            low, high = np.searchsorted(places, [address, reach], side="right")
-            near = places[low:high][earliest[low:high] < gone]
-            j = int(np.searchsorted(fixed, address, side="right"))
-            behind = [*near[:1].tolist(), *fixed[j : j + 1].tolist(), stop]
+        elif reach > each.address:
+            low, high = bisect_right(places, each.address), bisect_right(places, reach)
+            (near,) = np.nonzero(firsts[low:high] < each.gone)
+            j = bisect_right(fixed, each.address)
+            behind = [*(places[low + i] for i in near[:1].tolist()), *fixed[j : j + 1], _stop(each, spans, starts)]
             if min(behind) <= reach:
-                size = max(want, min(behind) - address)
+                size = max(want, min(behind) - each.address)
         stack = still.stack if still is not None else 0
-        blocks.append(OlderBlock(address, size, requested, lane, stack, known=still is not None or size > want))
-    return blocks + stay
+        known = still is not None or size > want
+        blocks.append(OlderBlock(each.address, size, each.requested, each.lane, stack, known))
+    return blocks + stay, [each for each, _ in kept]
 
 
-# ----------------------------------------------------------------------------------------------- memory from the driver
+def _stop(each: _Freed, spans: dict[int, Span], starts: list[int]) -> int:
+    """Where the memory from the driver ends that starts last below a block."""
+    start = starts[bisect_right(starts, each.address) - 1]
+    return start + spans[start].size
 
 
-class _Spans:
-    """Memory by address; neighbouring pages of one expandable segment are one span."""
-
-    def __init__(self, found: dict[int, Span]) -> None:
-        self.found, self._starts = found, sorted(found)
-
-    def add(self, address: int, span: Span) -> None:
-        """Put memory into the map."""
-        i = bisect_left(self._starts, address)
-        if span.expandable:
-            for neighbour in self._starts[max(i - 1, 0) : i + 1]:
-                other = self.found[neighbour]
-                touches = address in (neighbour + other.size, neighbour - span.size)
-                if touches and (other.lane, other.small, other.expandable) == (span.lane, span.small, True):
-                    self._starts.remove(neighbour)
-                    del self.found[neighbour]
-                    address, span = min(address, neighbour), replace(span, size=span.size + other.size)
-        if address not in self.found:
-            insort(self._starts, address)
-        self.found[address] = span
-
-    def cut(self, address: int, size: int) -> None:
-        """Take ``[address, address + size)`` out of the map; it may be part of a larger mapped range."""
-        i = bisect_right(self._starts, address) - 1
-        if i < 0 or self._starts[i] + self.found[self._starts[i]].size < address + size:
-            return
-        first = self._starts.pop(i)
-        span = self.found.pop(first)
-        if first < address:
-            self.add(first, replace(span, size=address - first))
-        if address + size < first + span.size:
-            self.add(address + size, replace(span, size=first + span.size - address - size))
+def _reach(each: _Freed, settings: AllocatorSettings, spans: dict[int, Span], starts: list[int]) -> int:
+    """How far a block may have reached at most; its own address where it is not larger than what was asked for."""
+    i = bisect_right(starts, each.address) - 1
+    if i < 0 or spans[starts[i]].small or settings.expandable_segments:
+        return each.address
+    want, stop = settings.round_size(each.requested), _stop(each, spans, starts)
+    whole = settings.max_split_size_mb is not None and want >= settings.max_split_size_mb * MIB
+    return stop if whole else min(stop, each.address + want + SMALL_LIMIT)
 
 
-def _final(recording: Recording) -> dict[int, Span]:
-    return {s.address: Span(s.size, s.lane, s.small, s.expandable) for s in recording.segments}
-
-
-def _segment_events(recording: Recording, stop: int | None = None) -> list[tuple[int, int, int, int]]:
-    """``(action, address, size, lane)`` of every event about memory from the driver."""
-    part = slice(0, stop)
-    actions = recording.actions[part]
-    (at,) = np.nonzero((actions >= SEGMENT_ALLOC) & (actions <= SEGMENT_UNMAP))
-    columns = (recording.actions, recording.addresses, recording.sizes, recording.lane_ids)
-    return list(chunks(*(column[part][at] for column in columns)))
-
-
-def _span(recording: Recording, action: int, size: int, lane: int) -> Span:
-    """What an event about memory is about: the sizes of segments and pages tell the pool."""
-    if action in (SEGMENT_MAP, SEGMENT_UNMAP):
-        return Span(size, lane, size % (recording.settings.large_segment_size_mb * MIB) != 0, True)
-    return Span(size, lane, size == SMALL_SEGMENT, False)
-
-
-def _undone(recording: Recording) -> dict[int, Span]:
-    """The memory before the first event: the final one, with every event taken back, last to first."""
-    spans = _Spans(_final(recording))
-    for action, address, size, lane in reversed(_segment_events(recording)):
-        if action in (SEGMENT_ALLOC, SEGMENT_MAP):
-            spans.cut(address, size)
-        else:
-            spans.add(address, _span(recording, action, size, lane))
-    return spans.found
+def _first_allocations(recording: Recording, freed: list[_Freed], reaches: list[int]) -> dict[int, int]:
+    """By address, the first allocation at each that lies between a block and its reach."""
+    found: dict[int, int] = {}
+    lows = np.array([each.address for each in freed], dtype=np.int64)
+    highs = np.maximum.accumulate(np.array(reaches, dtype=np.int64))
+    stop = max((each.gone for each in freed), default=0)
+    for begin, (actions, addresses) in stretches(recording.actions, recording.addresses, stop=stop):
+        (at,) = np.nonzero(actions == ALLOC)
+        below = np.searchsorted(lows, addresses[at], side="right") - 1
+        at = at[(below >= 0) & (addresses[at] <= np.maximum(highs[below], lows[below]))]
+        places, first = np.unique(addresses[at], return_index=True)
+        for place, event in zip(places.tolist(), (begin + at[first]).tolist(), strict=True):
+            found.setdefault(place, event)
+    return found

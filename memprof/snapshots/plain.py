@@ -9,9 +9,9 @@ This reader knows only the instructions that build plain data; at any other one 
   twice; nothing is compared or printed that the file nests;
 * **bounded memory**: what is kept beside events may hold :data:`MOST_OBJECTS` objects.
 
-It reads in chunks, folds each event into columns (about 50 bytes) as soon as its dict is complete, and interns frames
-and stacks; pickle's own reader would keep every dict until the end. An event that looks like thousands before it, which
-is most of them, is read by one regular expression.
+It reads in chunks, folds each event into columns (:mod:`memprof.snapshots.columns`) as soon as its dict is complete,
+and interns frames and stacks; pickle's own reader would keep every dict until the end. What is left in memory does not
+grow with the events. One that looks like thousands before it, which is most of them, is read by one regular expression.
 """
 
 from __future__ import annotations
@@ -33,6 +33,8 @@ from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple, cast
 
 from memprof.errors import DataError
+from memprof.snapshots.columns import Column
+from memprof.snapshots.memo import Memo
 
 #: What an event can be; a column of actions holds the index into this tuple.
 ACTIONS = (
@@ -51,7 +53,7 @@ MOST_PACKED, UNPACKED_LEAST = 200, 2**26
 DEEPEST_STACK = 2**16
 
 _CHUNK = 2**20  # bytes read at once
-_MARGIN = 512  # more than any instruction but text takes
+_MARGIN = 2**13  # bytes, more than most events take, and more than any instruction but text
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,11 +65,14 @@ class Frame:
     name: str
 
 
-class _Mark:
-    """Stands for the start of a group on the stack, and for an event that has gone into the columns."""
+@dataclass(frozen=True, slots=True)
+class Events:
+    """Stands for so many events, one behind the other, that have gone into the columns."""
+
+    count: int
 
 
-EVENT = _Mark()
+EVENT = Events(1)
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,7 +107,7 @@ class Folder:
     """
 
     def __init__(self) -> None:
-        self.kind_ids, self.addresses, self.sizes, self.times = array("i"), array("q"), array("q"), array("q")
+        self.kind_ids, self.addresses, self.sizes, self.times = Column("i"), Column("q"), Column("q"), Column("q")
         self.kinds: dict[Kind, int] = {}
         self.stacks: list[tuple[Frame, ...]] = [()]
         self.lanes: dict[tuple[int, tuple[int, int]], int] = {}
@@ -135,9 +140,14 @@ class Folder:
     def _append_event(self, event: dict[Any, Any]) -> None:
         address = event["device_free"] if "device_free" in event else event.get("addr", 0)
         numbers = whole(address), whole(event.get("size", 0)), whole(event.get("time_us", 0))
-        self.kind_ids.append(self.kind(self.kind_of(event)))
+        self.kind_ids.tail.append(self.kind(self.kind_of(event)))
         for column, number in zip((self.addresses, self.sizes, self.times), numbers, strict=True):
-            column.append(number)
+            column.tail.append(number)
+
+    def settle(self) -> None:
+        """Move what is long into files."""
+        for column in (self.kind_ids, self.addresses, self.sizes, self.times):
+            column.settle()
 
     def kind_of(self, event: dict[Any, Any]) -> Kind:
         """All of an event but its numbers."""
@@ -313,8 +323,7 @@ _OPENING = rb"\}\x94\("
 _EVENT = re.compile(_OPENING + _ITEM * 4 + (b"(?:" + _ITEM + b")?") * 6 + b"u", re.DOTALL)
 #: EMPTY_LIST, MEMOIZE, MARK, any number of BINGET and LONG_BINGET, APPENDS: a new list of things seen before.
 _RUN_OF_REFERENCES = re.compile(_RUN, re.DOTALL)
-_LONGEST_EVENT = 2**13  # bytes that are left in the chunk before an event is tried as a whole
-_MOST_SHAPES = 8
+_MOST_SHAPES, _MOST_KINDS = 8, 2**14
 _INT32, _UINT32, _UINT16 = struct.Struct("<i"), struct.Struct("<I"), struct.Struct("<H")
 #: Instructions for text: how many bytes their length takes.
 _TEXT = {0x8C: 1, 0x58: 4, 0x8D: 8}
@@ -330,14 +339,16 @@ class _Shape(NamedTuple):
         numbers: Gives of the groups the address, the size and the time.
         shared: Gives of the groups whatever else there is.
         names: The key of each group.
-        kinds: By what they share, their :class:`Kind`'s number, and what each leaves in the memo.
+        frames: Which of what else there is are the frames; None where there are none.
+        kinds: By what they share, their :class:`Kind`'s number, and the numbers of what each leaves in the memo.
     """
 
     pattern: re.Pattern[bytes]
     numbers: Callable[[tuple[bytes, ...]], tuple[bytes, bytes, bytes]]
     shared: Callable[[tuple[bytes, ...]], tuple[bytes, ...]]
     names: tuple[str, ...]
-    kinds: dict[tuple[bytes, ...], tuple[int, tuple[Any, ...]]]
+    frames: int | None
+    kinds: dict[tuple[bytes, ...], tuple[int, array[int]]]
 
 
 class PickleReader:
@@ -345,7 +356,7 @@ class PickleReader:
 
     def __init__(self, file: BinaryIO, folder: Folder, longest: int | None = None) -> None:
         self._file, self._folder, self._longest = file, folder, longest
-        self._memo: list[Any] = []
+        self._memo = Memo(Events, StackRef, Frame)
         self._where: dict[int, int] = {}  # id of a dict or list -> its place in the memo, until it is folded
         self._known_runs: dict[bytes, int] = {}
         self._shapes: list[_Shape] = []
@@ -354,6 +365,7 @@ class PickleReader:
     def read(self) -> Any:
         """The object that the pickle describes."""
         file, memo, where, folder = self._file, self._memo, self._where, self._folder
+        first = memo.first
         int32, uint32, uint16 = _INT32.unpack_from, _UINT32.unpack_from, _UINT16.unpack_from
         stack: list[Any] = []
         groups: list[int] = []
@@ -370,7 +382,7 @@ class PickleReader:
             at += 1
             # The commonest instructions of a snapshot come first.
             if code == 0x68:  # BINGET
-                stack.append(memo[data[at]])
+                stack.append(first[data[at]])
                 at += 1
             elif code == 0x6A:  # LONG_BINGET
                 stack.append(memo[uint32(data, at)[0]])
@@ -399,11 +411,13 @@ class PickleReader:
                 stack.append(uint16(data, at)[0])
                 at += 2
             elif code == 0x7D:  # EMPTY_DICT
+                before = len(folder.sizes)
                 stop = self._events(data, at - 1) if data[at : at + 2] == b"\x94(" else 0
                 if stop < at:
                     stack.append({})
                 else:
-                    stack += [EVENT] * (len(folder.sizes) - self._counted)
+                    stack.append(Events(len(folder.sizes) - before))
+                    memo.settle()
                     at = stop
             elif code == 0x75:  # SETITEMS
                 start = groups.pop()
@@ -424,11 +438,11 @@ class PickleReader:
                 items = stack[start:]
                 del stack[start:]
                 self._kept += len(items)
-                _plain_list(stack[-1]).extend(items)
+                _put(items, _plain_list(stack[-1]))
             elif code == 0x61:  # APPEND
                 item = stack.pop()
                 self._kept += 1
-                _plain_list(stack[-1]).append(item)
+                _put([item], _plain_list(stack[-1]))
             elif code == 0x73:  # SETITEM
                 items = stack[-2:]
                 del stack[-2:]
@@ -479,24 +493,29 @@ class PickleReader:
                     raise DataError("the pickle's memo has holes")
                 if type(top) is dict or type(top) is list:
                     where[id(top)] = index
-                memo[index : index + 1] = [top]
+                if index == len(memo):
+                    memo.append(top)
+                else:
+                    memo[index] = top
             elif code == 0x2E:  # STOP
                 return stack.pop()
             else:
                 raise DataError(f"refused: pickle instruction {_name(code)} is not plain data; nothing was run")
 
     def _check(self, *waiting: int) -> None:
-        """Stop where the file makes more objects than a snapshot of so many events does."""
+        """Stop where the file makes more objects than a snapshot of so many events does; else make room for more."""
         if self._kept + len(self._memo) + sum(waiting) > MOST_OBJECTS + PER_EVENT * len(self._folder.sizes):
             raise DataError("refused: it holds far more than a snapshot with so many events does")
         if self._longest is not None and self._read > self._longest:
             raise DataError("refused: it unpacks to far more than a snapshot of its size does")
+        self._folder.settle()
+        self._memo.settle()
 
     def _events(self, data: bytes, at: int) -> int:
         """Fold the events that follow each other from ``at`` on; where they end, which is ``at`` if there are none."""
-        folder, memo = self._folder, self._memo
-        self._counted = len(folder.sizes)
-        last = len(data) - _LONGEST_EVENT
+        folder, memo = self._folder, self._memo.numbers.tail
+        columns = folder.addresses.tail, folder.sizes.tail, folder.times.tail
+        last = len(data) - _MARGIN
         while at < last:
             tried = ((i, each, each.pattern.match(data, at)) for i, each in enumerate(self._shapes))
             place, shape, found = next((hit for hit in tried if hit[2] is not None), (0, None, None))
@@ -509,16 +528,16 @@ class PickleReader:
             while found is not None and at < last:
                 values = found.groups()
                 rest = shared(values)
-                known = shape.kinds.get(rest) or self._learn_kind(shape, values, rest)
+                known = shape.kinds.get(rest) or self._known_kind(shape, values, rest)
                 if known is None:
                     return at
-                for column, number in zip((folder.addresses, folder.sizes, folder.times), numbers(values), strict=True):
+                for column, number in zip(columns, numbers(values), strict=True):
                     code = number[0]
                     if code == 0x8A:
                         column.append(int.from_bytes(number[2:], "little", signed=True))
                     else:
                         column.append(int.from_bytes(number[1:], "little", signed=code == 0x4A))
-                folder.kind_ids.append(known[0])
+                folder.kind_ids.tail.append(known[0])
                 memo += known[1]
                 at = found.end()
                 found = match(data, at)
@@ -549,14 +568,27 @@ class PickleReader:
                 cast("Any", itemgetter(*(names.index(name) for name in _NUMBERS))),
                 cast("Any", shared),
                 tuple(names),
+                [names[place] for place in places].index("frames") if "frames" in names else None,
                 {},
             )
         )
 
+    def _known_kind(
+        self, shape: _Shape, values: tuple[bytes, ...], rest: tuple[bytes, ...]
+    ) -> tuple[int, array[int]] | None:
+        """As :meth:`_learn_kind`, known or new; frames that stand at an earlier event are known by what they are.
+
+        A completed free refers to the frames of its own request, so no two such events have the same bytes.
+        """
+        place = shape.frames
+        if place is not None and rest[place][0] in b"hj" and (at := _place(rest[place])) < len(self._memo):
+            rest = (*rest[:place], self._memo.numbers[at].to_bytes(4, "little"), *rest[place + 1 :])
+        return shape.kinds.get(rest) or self._learn_kind(shape, values, rest)
+
     def _learn_kind(
         self, shape: _Shape, values: tuple[bytes, ...], rest: tuple[bytes, ...]
-    ) -> tuple[int, tuple[Any, ...]] | None:
-        """What events share whose values but the numbers are ``rest``, and what each leaves in the memo.
+    ) -> tuple[int, array[int]] | None:
+        """What events share whose values but the numbers are ``rest``, and the numbers of what each leaves in the memo.
 
         None where that must be found out step by step.
         """
@@ -587,12 +619,14 @@ class PickleReader:
             return None
         kind = self._folder.kind(self._folder.kind_of(record))
         self._kept += 4 + sum(map(len, rest)) // 64
-        known = shape.kinds[rest] = kind, tuple(left)
+        if len(shape.kinds) == _MOST_KINDS:
+            shape.kinds.clear()
+        known = shape.kinds[rest] = kind, array("i", map(self._memo.number, left))
         return known
 
     def _behind(self, reference: bytes) -> Any:
         """What a reference stands for; None if it stands for nothing."""
-        at = reference[1] if reference[0] == 0x68 else _UINT32.unpack_from(reference, 1)[0]
+        at = _place(reference)
         return self._memo[at] if at < len(self._memo) else None
 
     def _stack_of_run(self, run: bytes) -> int | None:
@@ -638,6 +672,23 @@ def _plain_list(target: Any) -> list[Any]:
     if type(target) is not list:
         raise DataError("refused: items appended to something that is not a list; nothing was run")
     return target
+
+
+def _place(reference: bytes) -> int:
+    """The place that a BINGET or LONG_BINGET asks for."""
+    return int.from_bytes(reference[1:], "little")
+
+
+def _put(items: list[Any], target: list[Any]) -> None:
+    """Put ``items`` at the end of a list; of events only how many there are."""
+    if not items or type(items[0]) is not Events:
+        target += items
+        return
+    for item in items:
+        if target and type(item) is type(target[-1]) is Events:
+            target[-1] = Events(target[-1].count + item.count)
+        else:
+            target.append(item)
 
 
 def _name(code: int) -> str:

@@ -19,14 +19,14 @@ import numpy.typing as npt
 from memprof.errors import BadValue, DataError
 from memprof.records import Status
 from memprof.simulator.allocator import AllocatorSettings
-from memprof.snapshots.plain import ACTIONS, EVENT, Folder, Frame, read_plain, whole
+from memprof.snapshots.columns import gathered, stretches
+from memprof.snapshots.plain import ACTIONS, Events, Folder, Frame, read_plain, whole
 from memprof.snapshots.versions import MIDDLE, NEW, OLD
 from memprof.units import MIB
 
 __all__ = [
     "ACTIONS", "ALLOC", "FREE_COMPLETED", "FREE_REQUESTED", "OOM", "SEGMENT_ALLOC", "SEGMENT_FREE", "SEGMENT_MAP",
-    "SEGMENT_UNMAP", "Annotation", "Frame", "RecordedBlock", "RecordedSegment", "Recording", "chunks",
-    "read_recordings",
+    "SEGMENT_UNMAP", "Annotation", "Frame", "RecordedBlock", "RecordedSegment", "Recording", "read_recordings",
 ]  # fmt: skip
 (
     ALLOC, FREE_REQUESTED, FREE_COMPLETED, SEGMENT_ALLOC, SEGMENT_FREE, SEGMENT_MAP, SEGMENT_UNMAP, _, OOM, _,
@@ -109,7 +109,17 @@ class Recording:
     @property
     def has_history(self) -> bool:
         """Whether any allocation or free was recorded; else it is a picture of one moment."""
-        return bool(np.isin(self.actions, (ALLOC, FREE_REQUESTED, FREE_COMPLETED, OOM)).any())
+        return any(map(len, self.events_of(ALLOC, FREE_REQUESTED, FREE_COMPLETED, OOM)))
+
+    @property
+    def last_oom(self) -> int | None:
+        """The last event that says that memory ran out."""
+        return next((int(found[-1]) for found in self.events_of(OOM, backwards=True) if len(found)), None)
+
+    def events_of(self, *actions: int, backwards: bool = False) -> Iterator[Ints]:
+        """The events of one of these kinds, a stretch at a time."""
+        for begin, (part,) in stretches(self.actions, backwards=backwards):
+            yield begin + np.nonzero(np.isin(part, actions))[0]
 
     @property
     def reserved_at_end(self) -> int:
@@ -137,14 +147,6 @@ def read_recordings(path: Path) -> list[Recording]:
         raise DataError(f"{path}: not a CUDA memory snapshot: {error} is missing") from None
     except (TypeError, ValueError, AttributeError, OverflowError, RecursionError) as error:
         raise DataError(f"{path}: not a CUDA memory snapshot ({type(error).__name__})") from None
-
-
-def chunks(*columns: npt.NDArray[Any], start: int = 0, stop: int | None = None) -> Iterator[tuple[Any, ...]]:
-    """Rows of columns of equal length, as plain numbers, a stretch at a time: lists of all would take gigabytes."""
-    stop = len(columns[0]) if stop is None else stop
-    for begin in range(start, stop, 2**16):
-        part = slice(begin, min(begin + 2**16, stop))
-        yield from zip(*(column[part].tolist() for column in columns), strict=True)
 
 
 def _recordings(root: Any, folder: Folder) -> list[Recording]:
@@ -185,28 +187,29 @@ def _recordings(root: Any, folder: Folder) -> list[Recording]:
 
 def _columns(folder: Folder) -> dict[str, Any]:
     """The events' columns, if every number in them can be."""
-    sizes, addresses = (np.frombuffer(c, dtype=np.int64) for c in (folder.sizes, folder.addresses))
-    if len(sizes) and (sizes.min() < 0 or sizes.max() > MOST_BYTES):
-        raise DataError("an event's size cannot be: no device has so much memory")
-    if len(addresses) and (addresses.min() < 0 or addresses.max() > HIGHEST_ADDRESS):
-        raise DataError("an event's address cannot be")
+    sizes, addresses, which = folder.sizes.whole(), folder.addresses.whole(), folder.kind_ids.whole()
+    for _, (some_sizes, some_addresses) in stretches(sizes, addresses):
+        if some_sizes.min() < 0 or some_sizes.max() > MOST_BYTES:
+            raise DataError("an event's size cannot be: no device has so much memory")
+        if some_addresses.min() < 0 or some_addresses.max() > HIGHEST_ADDRESS:
+            raise DataError("an event's address cannot be")
     kinds = np.array(list(folder.kinds), dtype=np.int32).reshape(-1, 4)
-    which = np.frombuffer(folder.kind_ids, dtype=np.int32)
-    return {
-        "actions": kinds[:, 0].astype(np.int8)[which], "addresses": addresses, "sizes": sizes,
-        "times": np.frombuffer(folder.times, dtype=np.int64), "stack_ids": kinds[:, 1][which],
-        "lane_ids": kinds[:, 2][which], "label_ids": kinds[:, 3][which] if len(folder.labels) > 1 else which[:0],
-    }  # fmt: skip
+    made = {"actions": "b", "stack_ids": "i", "lane_ids": "i"} | ({"label_ids": "i"} if len(folder.labels) > 1 else {})
+    return {"addresses": addresses, "sizes": sizes, "times": folder.times.whole()} | {
+        name: gathered(letter, (column[part] for _, (part,) in stretches(which)))
+        for (name, letter), column in zip(made.items(), kinds.T, strict=False)
+    }
 
 
 def _traces(lists: list[Any], events: int) -> list[slice]:
     """Which rows belong to which device: they follow each other as the lists do."""
     traces, start = [], 0
     for trace in lists:
-        if type(trace) is not list or any(event is not EVENT for event in trace):
+        if type(trace) is not list or any(type(part) is not Events for part in trace):
             raise DataError("a device trace holds something that is not an event")
-        traces.append(slice(start, start + len(trace)))
-        start += len(trace)
+        stop = start + sum(part.count for part in trace)
+        traces.append(slice(start, stop))
+        start = stop
         if start > events:
             break
     if start != events:
@@ -262,20 +265,27 @@ def _pools_by_address(
 
     Only segments of private pools (CUDA graphs) can differ; they stay to the end, so the last snapshot knows them all.
     """
-    lanes: npt.NDArray[np.int32] = own["lane_ids"].copy()
+    lanes: npt.NDArray[np.int32] = own["lane_ids"]
     there = [segment for segment in segments if segment.lane in private]
     if not there or not len(lanes):
         return lanes
     starts, sizes, own_lanes = (np.array(c) for c in zip(*((s.address, s.size, s.lane) for s in there), strict=True))
-    addresses, actions, index = own["addresses"], own["actions"], np.arange(len(lanes))
-    at = np.searchsorted(starts, addresses, side="right") - 1
-    inside = (at >= 0) & (addresses < (starts + sizes)[at]) & (actions < OOM)
-    made = inside & np.isin(actions, (SEGMENT_ALLOC, SEGMENT_MAP)) & (addresses == starts[at])
     since = np.zeros(len(starts), dtype=np.int64)
-    np.maximum.at(since, at[made], index[made])
-    chosen = inside & (index >= since[at])
-    lanes[chosen] = own_lanes[at[chosen]]
-    return lanes
+
+    def inside() -> Iterator[tuple[Ints, Ints, npt.NDArray[np.bool_], tuple[npt.NDArray[Any], ...]]]:
+        """Of each stretch its events, the last segment that begins below each, and whether it lies in that one."""
+        for begin, (*columns, actions, addresses) in stretches(lanes, own["actions"], own["addresses"]):
+            at = np.searchsorted(starts, addresses, side="right") - 1
+            within = (at >= 0) & (addresses < (starts + sizes)[at]) & (actions < OOM)
+            yield begin + np.arange(len(at)), at, within, (*columns, actions, addresses)
+
+    for events, at, within, (_, actions, addresses) in inside():
+        made = within & np.isin(actions, (SEGMENT_ALLOC, SEGMENT_MAP)) & (addresses == starts[at])
+        np.maximum.at(since, at[made], events[made])
+    return gathered(
+        "i",
+        (np.where(within & (events >= since[at]), own_lanes[at], own) for events, at, within, (own, *_) in inside()),
+    )
 
 
 def _annotations(records: Any) -> dict[int, tuple[Annotation, ...]]:

@@ -12,11 +12,13 @@ from __future__ import annotations
 from bisect import bisect_left
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
+from itertools import islice
 
 import numpy as np
 
 from memprof.simulator.allocator import SMALL_LIMIT, SMALL_SEGMENT, CachingAllocator
-from memprof.snapshots.lives import Lives, Span, trace_lives
+from memprof.snapshots.columns import Column, gathered
+from memprof.snapshots.lives import Lives, trace_lives
 from memprof.snapshots.recording import (
     ALLOC,
     FREE_COMPLETED,
@@ -25,8 +27,8 @@ from memprof.snapshots.recording import (
     SEGMENT_MAP,
     Ints,
     Recording,
-    chunks,
 )
+from memprof.snapshots.spans import Span
 
 #: How many older blocks may be given another size before memprof says that the replay is not exact.
 MOST_MENDED = 64
@@ -67,12 +69,7 @@ class Replayed:
 
     def allocated(self) -> Ints:
         """Bytes allocated after each event."""
-        lives, n = self.lives, len(self.lives.recording)
-        change = np.zeros(n + 1, dtype=np.int64)
-        made = lives.born >= 0
-        np.add.at(change, lives.born[made], self.granted[made])
-        np.subtract.at(change, lives.ends, self.granted)
-        return change[:n].cumsum() + int(self.granted[~made].sum())
+        return gathered("q", self.lives.levels(self.lives.ended, self.granted.__getitem__))
 
 
 def check_replay(recording: Recording) -> ReplayCheck:
@@ -105,8 +102,9 @@ class _Player:
         self._unmapped: set[tuple[int, int]] = set()
         self._elsewhere = 2**60  # where the model's own segments go, if the recording has none for them
         self.allocator = CachingAllocator(self.recording.settings, place=self._place, on_segment=self._saw_segment)
-        self._wants: list[int] = self.recording.settings.round_sizes(lives.requested).tolist()
-        self._live = [0] * len(self._wants)
+        # By slot: the bytes of the block that has it, and its row in the allocator's table.
+        self._wants, self._live = [0] * lives.most_slots, [0] * lives.most_slots
+        self._granted = Column("q")
         self._left_of: tuple[int, int, int] | None = None  # the first wrong address, bytes asked, bytes free there
         self.addresses_matched = self.addresses_total = self.segments_matched = self.segments_total = 0
         self._adopt()
@@ -114,28 +112,37 @@ class _Player:
     def _adopt(self) -> None:
         """Take over the memory and the blocks that stood when the recording began."""
         take_over(self.allocator, self.lives)
-        made = len(self.lives.born) - len(self.lives.older)
-        for number, block in enumerate(self.lives.older, made):
-            self._live[number] = row = self.allocator.row_at(block.address)
-            self._wants[number] = self.allocator.where(row)[1]
+        slots = self.lives.slots[self.lives.made :].tolist()
+        for slot, block in zip(slots, self.lives.older, strict=True):
+            self._live[slot] = row = self.allocator.row_at(block.address)
+            self._wants[slot] = self.allocator.where(row)[1]
+        self._of_older = np.array([self._wants[slot] for slot in slots], dtype=np.int64)
 
     def play(self) -> None:
         """Run all events, a stretch of one lane at a time."""
-        program = self.lives.program()
-        columns = program.actions, program.addresses, program.sizes, program.numbers
-        for start, stop, lane in program.turns():
-            events = self._events(chunks(*columns, start=start, stop=stop))
-            self.allocator.follow(events, self._wants, self._live, lane)
+        recording = self.recording
+        for part in self.lives.program():
+            addresses, sizes = recording.addresses[part.events], recording.sizes[part.events]
+            columns = (part.actions, addresses, sizes, recording.settings.round_sizes(sizes), part.slots)
+            rows = zip(*(column.tolist() for column in columns), strict=True)
+            for lane, count in part.turns:
+                self.allocator.follow(self._events(islice(rows, count)), self._wants, self._live, lane)
+            self._granted.settle()
 
-    def _events(self, rows: Iterator[tuple[int, int, int, int]]) -> Iterator[int]:
+    def _events(self, rows: Iterator[tuple[int, int, int, int, int]]) -> Iterator[int]:
         """The events for the allocator; between two of them its choices are compared with the recording."""
-        live, where, asked = self._live, self.allocator.where, self._asked
+        wants, live, where, asked = self._wants, self._live, self.allocator.where, self._asked
+        grant = self._granted.tail.append
         matched = total = 0
-        for action, address, size, number in rows:
+        for action, address, size, want, slot in rows:
             if action == ALLOC:
                 total += 1
-                yield number
-                chosen, _ = where(live[number])
+                if live[slot]:
+                    yield ~slot
+                wants[slot] = want
+                yield slot
+                grant(wants[slot])
+                chosen, _ = where(live[slot])
                 if chosen == address:
                     matched += 1
                 elif self._left_of is None:
@@ -144,7 +151,7 @@ class _Player:
                     asked.clear()
                     self._unmapped.clear()
             elif action == FREE_COMPLETED:
-                yield ~number
+                yield ~slot
             else:
                 self._segment(action, address, size)
         self.addresses_matched += matched
@@ -185,7 +192,8 @@ class _Player:
 
     def granted(self) -> Ints:
         """Bytes of each block."""
-        return np.array(self._wants, dtype=np.int64)
+        self._granted.extend(self._of_older)
+        return self._granted.whole()
 
     def mended(self) -> Lives | None:
         """The same blocks, one older one larger: the one whose end is where the model first chose wrongly.

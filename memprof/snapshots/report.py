@@ -15,12 +15,13 @@ import numpy as np
 from memprof.errors import BadValue, DataError
 from memprof.records import Status
 from memprof.simulator.allocator import AllocatorSettings
+from memprof.snapshots.columns import highest, stretches
 from memprof.snapshots.death import Death, explain
 from memprof.snapshots.holding import Fragmentation, Instant, SiteHolder
-from memprof.snapshots.lives import peak_reserved
 from memprof.snapshots.recording import OOM, Ints, Recording, read_recordings
 from memprof.snapshots.replay import ReplayCheck, Replayed, check_replay, replayed
 from memprof.snapshots.sites import call_site, shown, way
+from memprof.snapshots.spans import peak_reserved
 from memprof.snapshots.trials import Room, Trials, WhatIf, room_of
 from memprof.snapshots.versions import knows_expandable_segments
 
@@ -155,16 +156,17 @@ def study(
         return Studied(report, recording, None, np.zeros(0, dtype=np.int64))
     found = replayed(recording)
     allocated, lives = found.allocated(), found.lives
-    before = int(found.granted[lives.born < 0].sum())
-    peak = int(allocated.argmax()) if len(allocated) and allocated.max() > before else -1
+    before = int(found.granted[lives.made :].sum())
+    most, peak = highest((begin, part) for begin, (part,) in stretches(allocated))
+    if most <= before:
+        most, peak = before, -1
     room = room_of(lives)
     limit = Room(room_bytes, "as asked for") if room_bytes is not None else room
-    ended = _last_oom(recording)
-    trials = Trials(lives, limit, ended)
+    trials = Trials(lives, limit, recording.last_oom)
     instant = Instant.of(found, peak)
     report = _report(
         path, recording, instant, instant.holders(adding)[:top], by, devices, notes,
-        peak_allocated_bytes=max(before, int(allocated.max())),
+        peak_allocated_bytes=most,
         peak_reserved_bytes=max(lives.reserved_at_start, int(lives.reserved.max())),
         peak_event=peak,
         replay=found.check,
@@ -196,14 +198,9 @@ def what_if(recording: Recording, settings: AllocatorSettings) -> WhatIf:
     return Trials(lives, room_of(lives)).what_if(str(settings) or "default", settings)
 
 
-def _last_oom(recording: Recording) -> int | None:
-    (found,) = np.nonzero(recording.actions == OOM)
-    return int(found[-1]) if len(found) else None
-
-
 def _when_out(recording: Recording) -> int:
     """The time of the last out-of-memory event, in microseconds; -1 if there is none."""
-    last = _last_oom(recording)
+    last = recording.last_oom
     return -1 if last is None else max(0, int(recording.times[last]) if len(recording.times) else 0)
 
 
@@ -211,7 +208,7 @@ def _device(recording: Recording) -> Device:
     peak = peak_reserved(recording) if recording.has_history else None
     return Device(
         recording.device, len(recording), recording.allocated_at_end, recording.reserved_at_end,
-        int((recording.actions == OOM).sum()), peak,
+        sum(map(len, recording.events_of(OOM))), peak,
     )  # fmt: skip
 
 

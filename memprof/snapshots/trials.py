@@ -13,13 +13,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
+from itertools import islice
 
 import numpy as np
-import numpy.typing as npt
 
 from memprof.errors import OutOfMemory
 from memprof.simulator.allocator import ROUND_LARGE, AllocatorSettings, CachingAllocator
-from memprof.snapshots.lives import Lives, Program
+from memprof.snapshots.columns import gathered, stretches
+from memprof.snapshots.lives import Lives
 from memprof.snapshots.recording import (
     ALLOC,
     FREE_COMPLETED,
@@ -34,7 +35,9 @@ from memprof.snapshots.replay import take_over
 
 #: A card that is larger than any: addresses of expandable segments are kept for 9/8 of it.
 _LARGE = 2**41
-_EMPTY = np.iinfo(np.int64).max
+#: Beside the actions of a recording: to empty the cache.
+_EMPTY = -1
+GIVING = (SEGMENT_FREE, SEGMENT_UNMAP)
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,7 +96,6 @@ class Trials:
         self.lives, self.room = lives, room
         recording = lives.recording
         self.stop = len(recording) if stop is None else stop
-        self._program = lives.program(self.stop)
         self._returns = returns(lives, room_of(lives))
         self._extra: tuple[int, int] | None = None
         if stop is not None and stop < len(recording) and recording.actions[stop] == OOM:
@@ -107,7 +109,7 @@ class Trials:
         *,
         as_recorded: bool = False,
         empty_at: int | None = None,
-        without: npt.NDArray[np.bool_] | None = None,
+        without: Ints | None = None,
     ) -> Outcome:
         """One trial.
 
@@ -116,62 +118,24 @@ class Trials:
             room: Bytes that the driver gives; None: any number.
             as_recorded: Start with the memory and blocks as they lay, not from an empty allocator.
             empty_at: Call ``empty_cache()`` after this event, too.
-            without: For each block, whether it is left out.
+            without: The numbers of blocks that are left out.
         """
         settings = settings or self.lives.recording.settings
         allocator = _allocator(settings, room)
         for lane in self._private:
             allocator.keep(lane)
-        wants: list[int] = settings.round_sizes(self.lives.requested).tolist()
-        live = [0] * len(wants)
+        trial = _Trial(self.lives, self._returns, allocator, settings, without)
         try:
-            self._begin(allocator, wants, live, as_recorded, without)
-            for start, stop, lane in self._program.turns():
-                orders = self._orders(self._program, start, stop, empty_at, without)
-                allocator.follow(_told(orders, allocator), wants, live, lane)
+            trial.begin(as_recorded)
+            if empty_at is not None:
+                trial.follow(0, min(empty_at + 1, self.stop))
+                allocator.empty_cache()
+            trial.follow(0 if empty_at is None else empty_at + 1, self.stop)
             if self._extra is not None:
                 allocator.malloc(*self._extra)
         except OutOfMemory:
             return Outcome(False, allocator.peak_allocated, allocator.peak_reserved)
         return Outcome(True, allocator.peak_allocated, allocator.peak_reserved)
-
-    def _begin(
-        self,
-        allocator: CachingAllocator,
-        wants: list[int],
-        live: list[int],
-        as_recorded: bool,
-        without: npt.NDArray[np.bool_] | None,
-    ) -> None:
-        """Allocate what was in use when the recording began."""
-        made = len(wants) - len(self.lives.older)
-        if as_recorded:
-            take_over(allocator, self.lives)
-        for number, block in sorted(enumerate(self.lives.older, made), key=lambda pair: pair[1].address):
-            if as_recorded:
-                live[number] = allocator.row_at(block.address)
-                if without is not None and without[number] and live[number]:
-                    allocator.follow([~number], wants, live)
-            elif without is None or not without[number]:
-                allocator.follow([number], wants, live, block.lane)
-
-    def _orders(
-        self, program: Program, start: int, stop: int, empty_at: int | None, without: npt.NDArray[np.bool_] | None
-    ) -> Iterator[int]:
-        """The numbers of a stretch as the allocator takes them, and :data:`_EMPTY` where the cache is emptied."""
-        emptied = 0 if empty_at is None else int(np.searchsorted(program.events, empty_at, side="right"))
-        for begin in range(start, stop, 2**16):
-            part = slice(begin, min(begin + 2**16, stop))
-            actions, numbers = program.actions[part], program.numbers[part].astype(np.int64)
-            orders = np.where(actions == ALLOC, numbers, np.where(actions == FREE_COMPLETED, ~numbers, _EMPTY))
-            kept = (actions == ALLOC) | (actions == FREE_COMPLETED) | np.isin(program.events[part], self._returns)
-            if without is not None:
-                about = (actions == ALLOC) | (actions == FREE_COMPLETED)
-                kept &= ~(about & without[np.where(about, numbers, 0)])
-            if part.start < emptied <= part.stop:
-                at = emptied - part.start
-                orders, kept = np.insert(orders, at, _EMPTY), np.insert(kept, at, True)
-            yield from orders[kept].tolist()
 
     def smallest(self, settings: AllocatorSettings | None = None, halvings: int = 64) -> int:
         """A room, in bytes, in which everything fits: the least to the nearest 2 MiB above, if ``halvings`` suffice."""
@@ -188,18 +152,15 @@ class Trials:
                 low = middle
         return high * ROUND_LARGE
 
-    def least(self, settings: AllocatorSettings | None = None, without: npt.NDArray[np.bool_] | None = None) -> int:
+    def least(self, settings: AllocatorSettings | None = None, without: Ints | None = None) -> int:
         """Bytes that no room can be below, rounded up to 2 MiB: all blocks that are there at once."""
         settings = settings or self.lives.recording.settings
-        wants = settings.round_sizes(self.lives.requested)
-        if without is not None:
-            wants = np.where(without, 0, wants)
-        change = np.zeros(len(self.lives.recording) + 2, dtype=np.int64)
-        np.add.at(change, self.lives.born + 1, wants)
-        np.subtract.at(change, np.minimum(self.lives.gone, len(change) - 2) + 1, wants)
-        level = change.cumsum()[: self.stop + 1]
+        lives = self.lives
+        most = last = int(_wants(lives, settings, lives.older_numbers, without).sum())
+        for levels in lives.levels(lives.freed, lambda numbers: _wants(lives, settings, numbers, without), self.stop):
+            most, last = max(most, int(levels.max())), int(levels[-1])
         extra = settings.round_size(self._extra[0]) if self._extra else 0
-        return -(-max(int(level.max()), int(level[-1]) + extra) // ROUND_LARGE) * ROUND_LARGE
+        return -(-max(most, last + extra) // ROUND_LARGE) * ROUND_LARGE
 
     def what_if(self, name: str, settings: AllocatorSettings) -> WhatIf:
         """What ``settings`` would have led to; ``name`` is how they were asked for."""
@@ -217,52 +178,120 @@ class Trials:
         )
 
 
+class _Trial:
+    """One run of the blocks through ``allocator``, which knows them by their slots."""
+
+    def __init__(
+        self,
+        lives: Lives,
+        returns: Ints,
+        allocator: CachingAllocator,
+        settings: AllocatorSettings,
+        without: Ints | None,
+    ) -> None:
+        self._lives, self._returns, self._without = lives, returns, without
+        self._allocator, self._settings = allocator, settings
+        self._wants, self._live = [0] * lives.most_slots, [0] * lives.most_slots
+
+    def begin(self, as_recorded: bool) -> None:
+        """Allocate what was in use when the recording began."""
+        lives, allocator, live = self._lives, self._allocator, self._live
+        if as_recorded:
+            take_over(allocator, lives)
+        sizes = _wants(lives, self._settings, lives.older_numbers, self._without).tolist()
+        away = np.isin(lives.older_numbers, () if self._without is None else self._without).tolist()
+        rows = zip(lives.older, lives.slots[lives.made :].tolist(), sizes, away, strict=True)
+        for block, slot, self._wants[slot], left_out in sorted(rows, key=lambda row: row[0].address):
+            if as_recorded:
+                live[slot] = allocator.row_at(block.address)
+                if left_out:
+                    allocator.follow([~slot], self._wants, live)
+            elif not left_out:
+                allocator.follow([slot], self._wants, live, block.lane)
+
+    def follow(self, start: int, stop: int) -> None:
+        """Run the events from number ``start`` up to ``stop``; a block that is left out is one of no bytes."""
+        for part in self._lives.program(start, stop):
+            low, high = np.searchsorted(self._returns, part.events[[0, -1]] + (0, 1))
+            actions = np.where(np.isin(part.events, self._returns[low:high]), _EMPTY, part.actions)
+            wants = _wants(self._lives, self._settings, np.maximum(part.numbers, 0), self._without)
+            rows = zip(actions.tolist(), part.slots.tolist(), wants.tolist(), strict=True)
+            for lane, count in part.turns:
+                self._allocator.follow(self._orders(islice(rows, count)), self._wants, self._live, lane)
+
+    def _orders(self, rows: Iterator[tuple[int, int, int]]) -> Iterator[int]:
+        """The events for the allocator; the cache is emptied where the user did that."""
+        for action, slot, want in rows:
+            if action == ALLOC:
+                if self._live[slot]:
+                    yield ~slot
+                self._wants[slot] = want
+                yield slot
+            elif action == FREE_COMPLETED:
+                yield ~slot
+            elif action == _EMPTY:
+                self._allocator.empty_cache()
+
+
+def _wants(lives: Lives, settings: AllocatorSettings, numbers: Ints, without: Ints | None) -> Ints:
+    """The rounded bytes of the blocks ``numbers``; 0 for those that are left out."""
+    wants = settings.round_sizes(lives.requested(numbers))
+    return wants if without is None else np.where(np.isin(numbers, without), 0, wants)
+
+
 def room_of(lives: Lives) -> Room | None:
     """The limit under which a recording was made: from its last ``oom``, else from where memory was given back.
 
     An out-of-memory event says what the device still had; with what was reserved, that is the room. Where cached memory
     went back and a request to the driver followed at once, both together were more than there was.
     """
-    recording = lives.recording
-    (ooms,) = np.nonzero(recording.actions == OOM)
-    if len(ooms):
-        last = int(ooms[-1])
-        reserved, free = int(lives.reserved[last]), int(recording.addresses[last])
+    last = lives.recording.last_oom
+    if last is not None:
+        reserved, free = int(lives.reserved[last]), int(lives.recording.addresses[last])
         return Room(reserved + free, "what was reserved and free when memory ran out")
     peak = int(lives.reserved.max(initial=lives.reserved_at_start))
-    bounds = [had + asked - 1 for _, had, asked in _bursts(lives) if asked and had + asked > peak]
-    return Room(min(bounds), "more was refused once", exact=False) if bounds else None
+    bounds = (had + asked - 1 for _, had, asked in _bursts(lives) if asked and had + asked > peak)
+    least = min(bounds, default=None)
+    return None if least is None else Room(least, "more was refused once", exact=False)
 
 
 def returns(lives: Lives, room: Room | None) -> Ints:
     """The events at which the user emptied the cache: memory went back, and not because of ``room``."""
     limit = room.n_bytes if room else None
-    own = [at for at, had, asked in _bursts(lives) if asked is not None and (limit is None or had + asked <= limit)]
-    return np.array(own, dtype=np.int64)
+    own = (at for at, had, asked in _bursts(lives) if asked is not None and (limit is None or had + asked <= limit))
+    return gathered("q", (np.array([at]) for at in own))
 
 
-def _bursts(lives: Lives) -> list[tuple[int, int, int | None]]:
+def _bursts(lives: Lives) -> Iterator[tuple[int, int, int | None]]:
     """Every run of events that give memory back: its first event, bytes reserved before, bytes asked for after it.
 
     Asked for is 0 where something else follows, and None where that is an ``oom``. Memory that goes back under pressure
     does so in the middle of a request and carries its stack, so a request with another stack only happens to come next.
     """
+    first = None
+    for begin, (actions,) in stretches(lives.recording.actions):
+        (at,) = np.nonzero(np.isin(actions, (ALLOC, FREE_COMPLETED, SEGMENT_ALLOC, SEGMENT_MAP, OOM, *GIVING)))
+        gives = np.isin(actions[at], GIVING)
+        before = np.concatenate([[first is not None], gives[:-1]])[: len(at)]
+        for event in (begin + at[gives != before]).tolist():
+            if first is None:
+                first = event
+            else:
+                yield _burst(lives, first, event)
+                first = None
+    if first is not None:
+        yield _burst(lives, first, None)
+
+
+def _burst(lives: Lives, first: int, after: int | None) -> tuple[int, int, int | None]:
+    """One of :func:`_bursts`, from ``first`` on; ``after`` is the event that follows it."""
     recording = lives.recording
-    giving = (SEGMENT_FREE, SEGMENT_UNMAP)
-    (at,) = np.nonzero(np.isin(recording.actions, (ALLOC, FREE_COMPLETED, SEGMENT_ALLOC, SEGMENT_MAP, OOM, *giving)))
-    gives = np.isin(recording.actions[at], giving)
-    (first,) = np.nonzero(gives & ~np.concatenate([[False], gives[:-1]]))
-    (last,) = np.nonzero(gives & ~np.concatenate([gives[1:], [False]]))
-    found = []
-    for begin, end in zip(at[first].tolist(), last.tolist(), strict=True):
-        had = int(lives.reserved[begin - 1]) if begin else lives.reserved_at_start
-        after = int(at[end + 1]) if end + 1 < len(at) else -1
-        action = int(recording.actions[after]) if after >= 0 else -1
-        asked = int(recording.sizes[after]) if action in (SEGMENT_ALLOC, SEGMENT_MAP) else None if action == OOM else 0
-        if after >= 0 and recording.stack_ids[begin] != recording.stack_ids[after]:
-            asked = 0
-        found.append((begin, had, asked))
-    return found
+    had = int(lives.reserved[first - 1]) if first else lives.reserved_at_start
+    if after is None or recording.stack_ids[first] != recording.stack_ids[after]:
+        return first, had, 0
+    if recording.actions[after] == OOM:
+        return first, had, None
+    return first, had, int(recording.sizes[after]) if recording.actions[after] in (SEGMENT_ALLOC, SEGMENT_MAP) else 0
 
 
 def _allocator(settings: AllocatorSettings, room: int | None) -> CachingAllocator:
@@ -274,15 +303,6 @@ def _allocator(settings: AllocatorSettings, room: int | None) -> CachingAllocato
         return CachingAllocator(settings, int(room / share) + 1)
     large = max(_LARGE, 2 * room)
     return CachingAllocator(replace(settings), large, large - room)
-
-
-def _told(orders: Iterator[int], allocator: CachingAllocator) -> Iterator[int]:
-    """The events alone; the cache is emptied where that was said."""
-    for order in orders:
-        if order == _EMPTY:
-            allocator.empty_cache()
-        else:
-            yield order
 
 
 def _is_private(lane: object) -> bool:
