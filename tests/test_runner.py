@@ -188,7 +188,8 @@ def test_mistakes_show_before_a_model_is_built(changes: dict[str, Any], error: t
 
 
 def test_prompts_side_by_side_have_a_limit_in_all(shapes: str, tmp_path: Path) -> None:
-    done = run(spec(model="proving", data=shapes, batch=LIMITS["batch"][1], text_tokens=MOST_IN_ALL // 1000), tmp_path)
+    asked = spec(model="proving", data=shapes, batch=LIMITS["batch"][1], text_tokens=MOST_IN_ALL // 1000)
+    done = run(asked, tmp_path / "r")
     assert {sample.status for sample in done.samples} == {"failed"}
     assert f"above the limit of {MOST_IN_ALL}" in (done.samples[0].error or "")
 
