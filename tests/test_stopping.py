@@ -37,9 +37,11 @@ with files.locked(Path(sys.argv[1])):
 
 @contextmanager
 def started(*words: str) -> Iterator[subprocess.Popen[str]]:
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a suite under nohup hands on that it ignores it
     process = subprocess.Popen(
         [sys.executable, *words], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
     )
+    signal.signal(signal.SIGINT, before)
     try:
         yield process
     finally:
