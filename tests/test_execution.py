@@ -25,6 +25,7 @@ from memprof.models.build import build_model
 from memprof.reports.rows import CALLERS_HEAD, sheets
 from memprof.script import on_import
 from memprof.store import RunFolder, find_runs, read_run
+from memprof.telling.facts import unfinished
 
 
 @contextmanager
@@ -147,6 +148,9 @@ def test_a_disk_that_fills_is_told_once_and_is_no_error_of_the_scripts(
     assert execution.kept == bool(written)
     left = read_run(tmp_path / "run")
     assert (len(left.samples), left.record.complete) == (written, False)
+    (told,) = unfinished([left])
+    assert "run the program again" in told
+    assert "--resume" not in told
     with locked(tmp_path / "run", wait=False):  # free for whoever comes next
         pass
 

@@ -52,10 +52,8 @@ Gpu = Annotated[
 Weights = Annotated[str, typer.Option("--weights", help="random, hub, or the path of a checkpoint.")]
 Dtype = Annotated[str | None, typer.Option("--dtype", help="bfloat16, float16 or float32; default: as published.")]
 Seed = Annotated[int, typer.Option("--seed", help="Of random weights, prompts and draws.")]
-Unit = Annotated[str, typer.Option("--unit", help="GiB, GB, MiB or MB.")]
-FittingUnit = Annotated[
-    str | None, typer.Option("--unit", help="GiB, GB, MiB or MB; default: GiB, or MiB where all is small.")
-]
+Unit = Annotated[str, typer.Option("--unit", help="GiB, GB, MiB, MB or KiB.")]
+FittingUnit = Annotated[str | None, typer.Option("--unit", help="GiB, GB, MiB, MB or KiB; default: by size.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON document and nothing else.")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress.")]
 Verbose = Annotated[bool, typer.Option("--verbose", "-v", help="One line a finished sample on stderr.")]

@@ -199,7 +199,9 @@ def unfinished(runs: Sequence[Run]) -> list[str]:
     for run, name in zip(runs, labels(runs), strict=True):
         where = f" ({run.path})" if run.path else ""
         if run.unfinished:
-            found.append(f"{name} is unfinished: {run.unfinished}; memprof run --resume finishes it{where}")
+            own = run.record.spec.data == GIVEN  # a program's own calls are its own to repeat
+            how = "run the program again" if own else "memprof run --resume finishes it"
+            found.append(f"{name} is unfinished: {run.unfinished}; {how}{where}")
         found += [f"{name}: {text}{where}" for text in run.healed]
     return found
 
