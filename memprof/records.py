@@ -123,18 +123,10 @@ class Holder(Plain):
     line: str = ""
 
 
-@dataclass
-class CardMemory(Plain):
-    """What one card held while a sample ran; the fields are those of :class:`SampleRecord`."""
+class Peaks(Plain):
+    """Of a record with columns of tokens: what is highest over all of them."""
 
     tokens: TokenColumns
-    peak_token: int
-    peak_phase: str
-    vision_peak_bytes: int
-    peak_parts: dict[str, int]
-    token_parts: dict[str, list[int]]
-    peak_holders: list[Holder]
-    dynamic_peak_bytes: int
 
     @property
     def peak_allocated_bytes(self) -> int:
@@ -145,6 +137,20 @@ class CardMemory(Plain):
     def peak_reserved_bytes(self) -> int:
         """Highest reserved bytes over all tokens."""
         return max(self.tokens.reserved_bytes, default=0)
+
+
+@dataclass
+class CardMemory(Peaks):
+    """What one card held while a sample ran; the fields are those of :class:`SampleRecord`."""
+
+    tokens: TokenColumns
+    peak_token: int
+    peak_phase: str
+    vision_peak_bytes: int
+    peak_parts: dict[str, int]
+    token_parts: dict[str, list[int]]
+    peak_holders: list[Holder]
+    dynamic_peak_bytes: int
 
 
 @dataclass
@@ -172,7 +178,7 @@ class Memory(Plain):
 
 
 @dataclass
-class SampleRecord(Plain):
+class SampleRecord(Peaks):
     """One finished (or failed) sample.
 
     Attributes:
@@ -277,16 +283,6 @@ class SampleRecord(Plain):
     def ok(self) -> bool:
         """Whether the sample finished."""
         return self.status == "ok"
-
-    @property
-    def peak_allocated_bytes(self) -> int:
-        """Highest allocated bytes over all tokens."""
-        return max(self.tokens.peak_allocated_bytes, default=0)
-
-    @property
-    def peak_reserved_bytes(self) -> int:
-        """Highest reserved bytes over all tokens."""
-        return max(self.tokens.reserved_bytes, default=0)
 
     @property
     def kv_cache_bytes(self) -> int:
