@@ -55,6 +55,17 @@ def kind_of(layer: Any) -> str | None:
     return getattr(getattr(layer, "self_attn", None), "layer_type", None)
 
 
+def window_of(layer: Any) -> int | None:
+    """Tokens that a layer which slides looks back at, itself included; None for any other."""
+    attention: Any = getattr(layer, "self_attn", None)
+    config = getattr(attention, "config", None)
+    kinds = getattr(config, "layer_types", None)
+    slides = kinds is None or kinds[attention.layer_idx] == "sliding_attention"
+    # Some attentions hold their own, others read it off the configuration each time (Mistral).
+    found = getattr(attention, "sliding_window", getattr(config, "sliding_window", None) if slides else None)
+    return cast("int | None", found)
+
+
 def tables(rotary: Any, layer: Any, hidden: torch.Tensor, ids: torch.Tensor) -> Any:
     """Rotary tables of the positions ``ids`` for ``layer``, whose kind has its own in some models (Gemma 3).
 
@@ -62,3 +73,9 @@ def tables(rotary: Any, layer: Any, hidden: torch.Tensor, ids: torch.Tensor) -> 
     """
     kinds = "layer_type" in inspect.signature(rotary.forward).parameters
     return rotary.forward(hidden, ids, kind_of(layer)) if kinds else rotary.forward(hidden, ids)
+
+
+def additive(allowed: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """A boolean mask as numbers to add to scores."""
+    mask = torch.zeros(allowed.shape, dtype=dtype, device=allowed.device)
+    return mask.masked_fill(~allowed, torch.finfo(dtype).min)

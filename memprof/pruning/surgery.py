@@ -30,7 +30,7 @@ from memprof.errors import UsageError
 from memprof.host import on_host
 from memprof.prompts import Places
 from memprof.pruning import Choice, Pruner, Stage, method_spec, visual_tokens_per_layer
-from memprof.pruning.attention import kind_of, tables
+from memprof.pruning.attention import additive, kind_of, tables, window_of
 from memprof.pruning.readable import WORKED_OUT, unreadable
 from memprof.pruning.signals import Cut, Scene, Signal, entering, signal_kind
 from memprof.pruning.view import View
@@ -130,7 +130,7 @@ class Surgery:
         """KV length each layer is to have after prefill."""
         text = self.layout.length - len(self.layout.index)
         full = [text + visual for visual in self.visual_tokens]
-        return [min(n, w - 1) if (w := _window(layer)) else n for n, layer in zip(full, self._layers, strict=True)]
+        return [min(n, w - 1) if (w := window_of(layer)) else n for n, layer in zip(full, self._layers, strict=True)]
 
     def kept(self) -> list[list[int]] | None:
         """For each stage carried out, the prompt's own visual tokens that stay (numbered in prompt order).
@@ -255,7 +255,7 @@ class Surgery:
         self._forgetful = tokens >= window
         if not self._forgetful:
             return
-        if any(one.sliding_window not in map(_window, self._layers) for one in sliding):
+        if any(one.sliding_window not in map(window_of, self._layers) for one in sliding):
             raise UsageError(f"pruning cannot tell what layers forget beyond {window} tokens, and {tokens} are reached")
         reads = sorted(_OF_ALL_KEYS.intersection(self._signals)) if not past else []
         if reads or self.pruner.mask_only or self.pruner.positions == "compact":
@@ -495,21 +495,21 @@ class Surgery:
 
     def _forgets(self, layer: nn.Module) -> bool:
         """Whether a layer slides, and its window is full."""
-        return self._forgetful and _window(layer) is not None
+        return self._forgetful and window_of(layer) is not None
 
     def _in_window(self, layer: nn.Module, cuts: int, hidden: torch.Tensor) -> dict[str, Any]:
         """A decode step's mask for a layer that forgets: it keeps so many rows, and those may lie outside its window.
 
         Where tokens were cut, the rows that it has left reach further back than the window, which goes by positions.
         """
-        window, new = _window(layer), hidden.shape[1]
+        window, new = window_of(layer), hidden.shape[1]
         assert window is not None
         later = torch.arange(self._length, self._past + new, device=hidden.device)
         positions = torch.cat((self._alive[cuts - 1], later))
         rows, columns = positions[-new:, None], positions[-(window - 1 + new) :]
         allowed = ((columns <= rows) & (columns > rows - window))[None, None]
         eager = _attention_of(layer) == "eager"
-        return {"attention_mask": _additive(allowed, hidden.dtype) if eager else allowed}
+        return {"attention_mask": additive(allowed, hidden.dtype) if eager else allowed}
 
     def _step_positions(self, layer: nn.Module, kwargs: Any, cuts: int, hidden: torch.Tensor) -> dict[str, Any]:
         if self.pruner.positions != "compact":
@@ -552,7 +552,7 @@ class Surgery:
             told = self._both_ways and mask is not None  # who looks at whom, which is not only back
             allowed = (visible.expand(rows.shape[0], -1) if told else (columns <= rows) & visible)[None, None]
             if mask is None:
-                mask = allowed if _attention_of(self._layers[0]) != "eager" else _additive(allowed, hidden.dtype)
+                mask = allowed if _attention_of(self._layers[0]) != "eager" else additive(allowed, hidden.dtype)
             else:
                 mask = (
                     mask & allowed
@@ -562,20 +562,9 @@ class Surgery:
             return args, {**kwargs, "attention_mask": mask}
 
 
-def _window(layer: nn.Module) -> int | None:
-    """Tokens that a layer which slides looks back at, itself included; None for any other."""
-    attention: Any = getattr(layer, "self_attn", None)
-    config = getattr(attention, "config", None)
-    kinds = getattr(config, "layer_types", None)
-    slides = kinds is None or kinds[attention.layer_idx] == "sliding_attention"
-    # Some attentions hold their own, others read it off the configuration each time (Mistral).
-    found = getattr(attention, "sliding_window", getattr(config, "sliding_window", None) if slides else None)
-    return cast("int | None", found)
-
-
 def _kind(layer: nn.Module) -> tuple[str | None, int | None]:
     """What layers have in common that are given the same positions and mask."""
-    return kind_of(layer), _window(layer)
+    return kind_of(layer), window_of(layer)
 
 
 def _placed(values: npt.NDArray[Any], like: torch.Tensor) -> torch.Tensor:
@@ -587,12 +576,6 @@ def _placed(values: npt.NDArray[Any], like: torch.Tensor) -> torch.Tensor:
 def _widest(layer: nn.Module) -> int:
     """Numbers a token of the widest activation of ``layer``; an MLP holds two such at once, gated or not."""
     return max((part.out_features for part in layer.modules() if isinstance(part, nn.Linear)), default=0)
-
-
-def _additive(allowed: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """A boolean mask as numbers to add to scores."""
-    mask = torch.zeros(allowed.shape, dtype=dtype, device=allowed.device)
-    return mask.masked_fill(~allowed, torch.finfo(dtype).min)
 
 
 def _attention_of(layer: nn.Module) -> str:
