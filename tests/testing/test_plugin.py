@@ -54,6 +54,8 @@ def runs() -> list[Run]:
 def tests(pytester: pytest.Pytester, saved: Path, monkeypatch: pytest.MonkeyPatch) -> pytest.Pytester:
     """A project of its own, as strict as can be."""
     monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parents[2]))
+    for name in ("CI", "BUILD_NUMBER"):  # where one is set, pytest prints each failure whole twice
+        monkeypatch.delenv(name, raising=False)
     pytester.makeini("[pytest]\naddopts = --strict-markers --strict-config\nfilterwarnings = error\n")
     pytester.makeconftest(HEAD.format(path=str(saved)))
     return pytester
