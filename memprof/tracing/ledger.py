@@ -17,13 +17,14 @@ from types import FrameType
 from typing import Any, Self
 
 import torch
-from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException
+from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException, FakeTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from memprof import scopes
 from memprof.errors import UsageError
 from memprof.simulator.trace import Trace, bytes_of
+from memprof.tracing.answers import answer
 from memprof.tracing.kernels import Kernels, called, with_places
 from memprof.tracing.temporaries import Ends, Temporary
 
@@ -121,10 +122,10 @@ class Ledger(TorchDispatchMode):  # type: ignore[no-untyped-call]
         """Run the operator, then give each new storage it returned a slot."""
         kwargs, kernels, scratch = kwargs or {}, self.kernels, _Scratch(self.trace)
         if not self._makes_storage(func):
-            return _called(func, args, kwargs)
+            return _called(func, types, args, kwargs)
         if kernels is not None:
             scratch.take(kernels.before(func, args, kwargs))
-        out = _called(func, args, kwargs)
+        out = _called(func, types, args, kwargs)
         for leaf in (out,) if isinstance(out, torch.Tensor) else tree_leaves(out):
             if isinstance(leaf, torch.Tensor) and leaf.device.type == self.device:
                 self.adopt(leaf, called(func))
@@ -158,10 +159,12 @@ def _told(file: str) -> str | None:
     return path.relative_to(Path.cwd()).as_posix() if path.is_relative_to(Path.cwd()) else path.name
 
 
-def _called(func: Any, args: Any, kwargs: Any) -> Any:
+def _called(func: Any, types: Any, args: Any, kwargs: Any) -> Any:
     """What ``func`` gives; raises UsageError where that hangs on values that weights without storage do not have."""
     try:
-        return func(*with_places(func, args), **kwargs)
+        if FakeTensor in types:
+            return answer(func, with_places(func, args), kwargs)
+        return func(*args, **kwargs)
     except (DynamicOutputShapeException, DataDependentOutputException):
         raise UsageError(
             f"{scopes.current()[1] or 'the model'} lets the values of a tensor decide what {func} makes, and weights "
