@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import random
+from contextlib import AbstractContextManager, nullcontext
 from functools import cache
 from typing import Any
 
@@ -42,23 +43,33 @@ def refused(pruner: Pruner, prompt: Prompt) -> bool:
 
 
 def generate(model: Any, pruner: Pruner, prompt: Prompt, tokens: int = 4) -> tuple[Any, Surgery, Profiler]:
+    """A profiled answer under ``pruner``."""
+    profiler = Profiler(model)
+    out, surgery = answer(model, pruner, prompt, tokens, profiler)
+    return out, surgery, profiler
+
+
+def answer(
+    model: Any, pruner: Pruner, prompt: Prompt, tokens: int = 4, around: AbstractContextManager[Any] = nullcontext()
+) -> tuple[Any, Surgery]:
+    """An answer under ``pruner``, given ``around`` it."""
     if refused(pruner, prompt):
         with pytest.raises(UsageError, match=r"^.*reads the vision tower.*take a method.*$"):
             Surgery(model, pruner, prompt.places)
         pytest.skip("refused in one line, as it must be")
-    with Surgery(model, pruner, prompt.places, seed=7) as surgery, Profiler(model) as profiler:
+    with Surgery(model, pruner, prompt.places, seed=7) as surgery, around:
         out = model.generate(
             **place(prompt, model), max_new_tokens=tokens, do_sample=False, output_logits=True,
             return_dict_in_generate=True,
         )  # fmt: skip
-    return out, surgery, profiler
+    return out, surgery
 
 
 @cache
 def unpruned(family: str, attention: str) -> tuple[torch.Tensor, ...]:
     """The logits that a model of the family makes of its prompt when nothing is cut."""
     kind, card, model = tiny_model(family, attention)
-    out, _, _ = generate(model, build_pruner("baseline"), tiny_prompt(kind, card))
+    out, _ = answer(model, build_pruner("baseline"), tiny_prompt(kind, card))
     return tuple(out.logits)
 
 
@@ -87,7 +98,7 @@ def test_choice_and_cache_are_as_planned(method: str, family: str, attention: st
     assert profiler.kv_tokens == surgery.kv_tokens
     assert all(n >= prompt.shape.text_tokens for n in surgery.kv_tokens)
     assert out.sequences.shape[1] == prompt.shape.length + 4
-    again, surgery_again, _ = generate(model, pruner, prompt)
+    again, surgery_again = answer(model, pruner, prompt)
     assert surgery_again.kept() == kept
     assert all(torch.equal(a, b) for a, b in zip(out.logits, again.logits, strict=True))
 
@@ -102,7 +113,7 @@ def test_keeping_all_is_baseline_bit_for_bit(method: str, family: str, attention
     if getattr(pruner, "keep", 1.0) != 1.0:
         pytest.skip("the method has no share to keep")
     plain = unpruned(family, attention)
-    out, surgery, _ = generate(model, pruner, prompt)
+    out, surgery = answer(model, pruner, prompt)
     assert surgery.stages == ()
     assert all(torch.equal(a, b) for a, b in zip(plain, out.logits, strict=True))
 
@@ -135,10 +146,10 @@ def test_order_of_methods_does_not_matter(family: str) -> None:
     prompt = tiny_prompt(kind, card)
     methods = [method for method in METHOD_NAMES if not refused(pruner_for(method), prompt)]
     assert len(methods) > 2
-    said = {method: generate(model, pruner_for(method), prompt)[0].logits for method in methods}
+    said = {method: answer(model, pruner_for(method), prompt)[0].logits for method in methods}
     for order in (methods[::-1], random.Random(family).sample(methods, len(methods))):
         for method in order:
-            again, _, _ = generate(model, pruner_for(method), prompt)
+            again, _ = answer(model, pruner_for(method), prompt)
             assert all(torch.equal(a, b) for a, b in zip(said[method], again.logits, strict=True)), (method, order)
 
 
