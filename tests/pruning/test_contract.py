@@ -24,6 +24,7 @@ from memprof.pruning.signals import needs_layer_before
 from memprof.pruning.surgery import Surgery
 
 METHOD_NAMES = METHODS.names()
+NOTHING = nullcontext()
 PRUNING = [name for name in METHOD_NAMES if name != "baseline"]
 cases = pytest.mark.parametrize("attention", ["eager", "sdpa"])
 every_family = pytest.mark.parametrize("family", families())
@@ -50,7 +51,7 @@ def generate(model: Any, pruner: Pruner, prompt: Prompt, tokens: int = 4) -> tup
 
 
 def answer(
-    model: Any, pruner: Pruner, prompt: Prompt, tokens: int = 4, around: AbstractContextManager[Any] = nullcontext()
+    model: Any, pruner: Pruner, prompt: Prompt, tokens: int = 4, around: AbstractContextManager[Any] = NOTHING
 ) -> tuple[Any, Surgery]:
     """An answer under ``pruner``, given ``around`` it."""
     if refused(pruner, prompt):

@@ -11,6 +11,7 @@ import torch
 from tiny import families, tiny_model, tiny_prompt
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from memprof.bench.generate import profile_prompt
 from memprof.meters import meter_for
@@ -105,6 +106,31 @@ def test_what_does_not_go_by_form_is_left_to_torch() -> None:
         assert [out.dtype for out in called(aten.mul.Tensor, torch.ops.aten.ones_like.default(one.long()), given)] == [
             torch.float32 if given.__class__ is float else torch.int64
         ] * 2
+
+
+class Heard(TorchDispatchMode):
+    """Keeps every operator that it hears of."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.operators: list[Any] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.operators.append(func)
+        return func(*args, **(kwargs or {}))
+
+
+def test_who_else_listens_hears_the_operators_themselves() -> None:
+    family, card, model = tiny_model("internvl", device="sim")
+    heard = []
+    for _ in range(2):
+        with Heard() as mode:
+            profile_prompt(
+                model, meter_for(model), build_pruner("baseline"), "current", tiny_prompt(family, card), new_tokens=2
+            )
+        heard.append(mode.operators)
+    assert torch.ops.aten.mm.default in heard[0]
+    assert heard[0] == heard[1]
 
 
 def test_tables_go_with_their_model_and_do_not_grow_without_end(monkeypatch: pytest.MonkeyPatch) -> None:
