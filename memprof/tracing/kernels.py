@@ -37,6 +37,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from functools import cache
 from typing import Any, cast
 
 import torch
@@ -106,6 +107,7 @@ _CALLED = {
 }
 
 
+@cache
 def called(func: Any) -> str:
     """The name of operator ``func``, as the card's dispatch has it."""
     return _CALLED.get(func) or str(func)

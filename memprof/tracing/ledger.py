@@ -26,7 +26,7 @@ from memprof.errors import UsageError
 from memprof.simulator.trace import Trace, bytes_of
 from memprof.tracing.answers import answer
 from memprof.tracing.kernels import Kernels, called, with_places
-from memprof.tracing.temporaries import Ends, Temporary
+from memprof.tracing.temporaries import Ends, Temporary, name_of
 
 #: Results that share their input's storage although the schema does not say so.
 _SILENT_VIEWS = {torch.ops.aten._unsafe_view.default, torch.ops.aten._reshape_alias.default}
@@ -72,9 +72,7 @@ class Ledger(TorchDispatchMode):  # type: ignore[no-untyped-call]
         if key in self._slots:
             return
         part, module = scopes.current()
-        slot = self.trace.birth(
-            storage.nbytes(), part, (module, op), tuple(tensor.shape), str(tensor.dtype).removeprefix("torch.")
-        )
+        slot = self.trace.birth(storage.nbytes(), part, (module, op), tuple(tensor.shape), name_of(tensor.dtype))
         if self.lines:
             self.trace.lines[slot] = line_of(sys._getframe(1))
         self._slots[key] = slot
@@ -120,18 +118,23 @@ class Ledger(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Run the operator, then give each new storage it returned a slot."""
-        kwargs, kernels, scratch = kwargs or {}, self.kernels, _Scratch(self.trace)
+        kwargs, kernels = kwargs or {}, self.kernels
         if not self._makes_storage(func):
             return _called(func, types, args, kwargs)
-        if kernels is not None:
-            scratch.take(kernels.before(func, args, kwargs))
-        out = _called(func, types, args, kwargs)
+        if kernels is None:
+            return self._adopted(func, _called(func, types, args, kwargs))
+        scratch = _Scratch(self.trace)
+        scratch.take(kernels.before(func, args, kwargs))
+        out = self._adopted(func, _called(func, types, args, kwargs))
+        scratch.take(kernels.after(func, args, kwargs, out))
+        scratch.end()
+        return out
+
+    def _adopted(self, func: Any, out: Any) -> Any:
+        """What ``func`` gave, its storages counted."""
         for leaf in (out,) if isinstance(out, torch.Tensor) else tree_leaves(out):
             if isinstance(leaf, torch.Tensor) and leaf.device.type == self.device:
                 self.adopt(leaf, called(func))
-        if kernels is not None:
-            scratch.take(kernels.after(func, args, kwargs, out))
-            scratch.end()
         return out
 
 

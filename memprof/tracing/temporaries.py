@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import cache
 from typing import NamedTuple, TypeAlias
 
 import torch
@@ -33,6 +34,7 @@ class Ends(NamedTuple):
 Steps: TypeAlias = "Iterator[Temporary | Ends]"
 
 
+@cache
 def name_of(dtype: torch.dtype) -> str:
     """``dtype`` without ``torch.``."""
     return str(dtype).removeprefix("torch.")

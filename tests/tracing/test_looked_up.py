@@ -31,7 +31,7 @@ def forms(out: Any, tensors: list[Tensor]) -> list[Any]:
     return [
         type(out), out.shape, out.stride(), out.dtype, out.device, out.layout, out.storage_offset(), storage.nbytes(),
         [tensor.untyped_storage()._cdata == storage._cdata for tensor in tensors], [out is one for one in tensors],
-        out.requires_grad, out.is_conj(), out.is_neg(), str(torch._C._dispatch_keys(out)),
+        out.requires_grad, out.is_conj(), out.is_neg(), str(torch._C._dispatch_keys(out)), vars(out),
     ]  # fmt: skip
 
 
