@@ -12,7 +12,7 @@ RECORDED_TORCH := 2.11.0
 OLDEST := $(VENV)-oldest
 AUDIT := $(VENV)-audit
 
-.PHONY: run test oldest audit lint figures site setup fuzz kills clean
+.PHONY: run test oldest audit lint figures site setup every fuzz kills clean
 
 run: $(VENV)/.installed
 	$(BIN)/memprof run --model internvl2-2b --method baseline --method fastv --method topv --task ai2d --stack paper \
@@ -41,6 +41,10 @@ audit:
 	@test -e $(AUDIT)/bin/pip-audit || { $(PYTHON) -m venv $(AUDIT) && \
 		$(AUDIT)/bin/python -m pip install --quiet pip-audit; } || echo "pip-audit is out of reach"
 	@test ! -e $(AUDIT)/bin/pip-audit || $(AUDIT)/bin/python scripts/audit_constraints.py
+
+# Every method on every family under every attention, every kind of prompt; `make test` has every two of them meet.
+every: $(VENV)/.installed
+	MEMPROF_EVERY=1 $(BIN)/python -m pytest -n 2 tests/pruning
 
 # A hundred thousand damaged files, and kill -9 at fifty instants of `run` and of `tune`: hours, not minutes.
 fuzz: $(VENV)/.installed

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from by_hand import masked, rebuilt, recorded
+from rounds import rounds
 from tiny import families, no_image, several_images, state_of, tiny_model, tiny_prompt
 
 from memprof.anatomy import anatomy
@@ -26,7 +27,7 @@ from memprof.pruning.surgery import Surgery
 METHOD_NAMES = METHODS.names()
 NOTHING = nullcontext()
 PRUNING = [name for name in METHOD_NAMES if name != "baseline"]
-cases = pytest.mark.parametrize("attention", ["eager", "sdpa"])
+ATTENTION = ("eager", "sdpa")
 every_family = pytest.mark.parametrize("family", families())
 every_method = pytest.mark.parametrize("method", METHOD_NAMES)
 
@@ -74,9 +75,7 @@ def unpruned(family: str, attention: str) -> tuple[torch.Tensor, ...]:
     return tuple(out.logits)
 
 
-@cases
-@every_family
-@every_method
+@pytest.mark.parametrize(("method", "family", "attention"), rounds(METHOD_NAMES, families(), ATTENTION))
 def test_choice_and_cache_are_as_planned(method: str, family: str, attention: str) -> None:
     kind, card, model = tiny_model(family, attention)
     prompt = tiny_prompt(kind, card)
@@ -104,9 +103,7 @@ def test_choice_and_cache_are_as_planned(method: str, family: str, attention: st
     assert all(torch.equal(a, b) for a, b in zip(out.logits, again.logits, strict=True))
 
 
-@every_family
-@every_method
-@cases
+@pytest.mark.parametrize(("method", "family", "attention"), rounds(METHOD_NAMES, families(), ATTENTION))
 def test_keeping_all_is_baseline_bit_for_bit(method: str, family: str, attention: str) -> None:
     kind, card, model = tiny_model(family, attention)
     prompt = tiny_prompt(kind, card)
@@ -119,10 +116,10 @@ def test_keeping_all_is_baseline_bit_for_bit(method: str, family: str, attention
     assert all(torch.equal(a, b) for a, b in zip(plain, out.logits, strict=True))
 
 
-@cases
-@every_family
-@pytest.mark.parametrize("positions", ["original", "compact"])
-@pytest.mark.parametrize("method", PRUNING)
+@pytest.mark.parametrize(
+    ("method", "family", "positions", "attention"),
+    rounds(PRUNING, families(), ("original", "compact"), ATTENTION),
+)
 def test_dropping_equals_what_is_worked_out_by_hand(method: str, positions: str, family: str, attention: str) -> None:
     kind, card, model = tiny_model(family, attention)
     prompt = tiny_prompt(kind, card)
@@ -174,9 +171,10 @@ def test_model_is_untouched_after_an_exception(method: str, family: str) -> None
     assert state_of(model) == before
 
 
-@every_family
-@every_method
-@pytest.mark.parametrize("kind_of_prompt", ["several images", "no image", "one tile", "one pixel row"])
+@pytest.mark.parametrize(
+    ("method", "family", "kind_of_prompt"),
+    rounds(METHOD_NAMES, families(), ("several images", "no image", "one tile", "one pixel row")),
+)
 def test_awkward_prompts(method: str, family: str, kind_of_prompt: str) -> None:
     kind, card, model = tiny_model(family)
     made = {
