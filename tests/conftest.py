@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from pathlib import Path
 
@@ -10,6 +11,18 @@ import pytest
 sys.path.insert(0, str(Path(__file__).parent))
 #: Material beside the checkout that a plain clone does not have.
 SHARED = Path(__file__).parents[2] / "shared"
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Workers of pytest-xdist have cores of their own, and so have the programs that their tests start.
+
+    Work that is shared among cores is then shared among those: on two cores, two workers do not wait for each other.
+    """
+    about = getattr(config, "workerinput", None)
+    if about is not None and hasattr(os, "sched_setaffinity"):
+        cores, workers = sorted(os.sched_getaffinity(0)), about["workercount"]
+        mine = cores[int(about["workerid"].removeprefix("gw")) % workers :: workers]
+        os.sched_setaffinity(0, mine or cores)
 
 
 @pytest.fixture(scope="session")

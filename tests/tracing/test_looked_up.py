@@ -36,18 +36,21 @@ def forms(out: Any, tensors: list[Tensor]) -> list[Any]:
 
 
 class Both:
-    """Takes the place of ``answer``: each call is answered by torch, too, and the answers are compared."""
+    """Takes the place of ``answer``: what is looked up is asked of torch, too, the first time of each form."""
 
     def __init__(self) -> None:
-        self.compared = 0
+        self.calls = 0
+        self.compared: dict[Any, int] = {}
 
     def __call__(self, func: Any, args: Any, kwargs: Any) -> Any:
         out = answer(func, args, kwargs)
-        if answers._goes_by_form(func):
-            tensors: list[Tensor] = []
-            answers._describe([args, [*kwargs.values()]], [], tensors)
-            assert forms(out, tensors) == forms(func(*args, **kwargs), tensors), func
-            self.compared += 1
+        self.calls += 1
+        tensors: list[Tensor] = []
+        form: list[Any] = [func]
+        if answers._goes_by_form(func) and answers._describe([args, [*kwargs.items()]], form, tensors):
+            times = self.compared[tuple(form)] = self.compared.get(tuple(form), 0) + 1
+            if times == 2:
+                assert forms(out, tensors) == forms(func(*args, **kwargs), tensors), func
         return out
 
 
@@ -62,8 +65,9 @@ def both(monkeypatch: pytest.MonkeyPatch) -> Both:
 def test_every_answer_of_a_method_is_torchs(both: Both, method: str) -> None:
     family, card, model = tiny_model("internvl", device="sim")
     for _ in range(2):  # what is seen first is torch's own
-        profile_prompt(model, meter_for(model), build_pruner(method), "paper", tiny_prompt(family, card), new_tokens=3)
-    assert both.compared > 1_000
+        profile_prompt(model, meter_for(model), build_pruner(method), "paper", tiny_prompt(family, card), new_tokens=2)
+    assert len(both.compared) > 100
+    assert sum(times > 1 for times in both.compared.values()) > 0.9 * len(both.compared)
 
 
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
@@ -74,10 +78,10 @@ def test_every_answer_of_a_family_is_torchs_and_most_are_looked_up(both: Both, n
     answers._tables.pop(mode, None)
     for _ in range(2):
         profile_prompt(
-            model, meter_for(model), build_pruner("baseline"), "current", tiny_prompt(family, card), new_tokens=3
+            model, meter_for(model), build_pruner("baseline"), "current", tiny_prompt(family, card), new_tokens=2
         )
     recipes = [*answers._tables[mode].values()]
-    assert len(recipes) < both.compared / 4
+    assert len(recipes) < both.calls / 4
     assert recipes.count(None) <= len(recipes) / 20
 
 
