@@ -22,13 +22,14 @@ from memprof.snapshots.lives import Lives, trace_lives
 from memprof.snapshots.recording import (
     ALLOC,
     FREE_COMPLETED,
+    HIGHEST_ADDRESS,
     SEGMENT_ALLOC,
     SEGMENT_FREE,
     SEGMENT_MAP,
     Ints,
     Recording,
 )
-from memprof.snapshots.spans import Span
+from memprof.snapshots.spans import Span, Spans
 
 #: How many older blocks may be given another size before memprof says that the replay is not exact.
 MOST_MENDED = 64
@@ -100,7 +101,10 @@ class _Player:
         self.lives, self.recording = lives, lives.recording
         self._asked: list[tuple[int, int, int]] = []  # recorded segment events since the last allocation
         self._unmapped: set[tuple[int, int]] = set()
-        self._elsewhere = 2**60  # where the model's own segments go, if the recording has none for them
+        self._elsewhere = HIGHEST_ADDRESS  # where the model's own segments go, if the recording has none for them
+        self._held = Spans({})  # the model's memory, whosever it is
+        for address, span in lives.spans.items():
+            self._held.add(address, Span(span.size, 0, False, span.expandable))
         self.allocator = CachingAllocator(self.recording.settings, place=self._place, on_segment=self._saw_segment)
         # By slot: the bytes of the block that has it, and its row in the allocator's table.
         self._wants, self._live = [0] * lives.most_slots, [0] * lives.most_slots
@@ -171,14 +175,21 @@ class _Player:
             self._unmapped.discard((address, size))
 
     def _place(self, n_bytes: int) -> int:
-        """The recorded address of the segment, or of the first page, that the model asks for; else one far away."""
+        """The recorded address of the segment, or of the first page, that the model asks for; else one far away.
+
+        So also where the model still has what the recording had given back by then: no memory lies in two segments.
+        """
         for action, address, size in self._asked:
-            if action == SEGMENT_MAP or size == n_bytes:
+            if (action == SEGMENT_MAP or size == n_bytes) and self._held.is_free(address, size):
                 return address
         self._elsewhere += n_bytes + SMALL_SEGMENT
         return self._elsewhere - n_bytes
 
     def _saw_segment(self, kind: str, address: int, n_bytes: int) -> None:
+        if kind in ("segment_alloc", "segment_map"):
+            self._held.add(address, Span(n_bytes, 0, False, kind == "segment_map"))
+        else:
+            self._held.cut(address, n_bytes)
         if kind == "segment_unmap":
             self._unmapped.add((address, n_bytes))
         action = {"segment_alloc": SEGMENT_ALLOC, "segment_map": SEGMENT_MAP}.get(kind)
@@ -239,8 +250,12 @@ def _ranges(spans: dict[int, Span], sizes: dict[int, int]) -> list[tuple[int, Sp
     addresses = sorted(sizes)
     ranges: list[tuple[int, Span, list[tuple[int, bool | None]]]] = []
     last: dict[tuple[int, bool], int] = {}
+    end = 0
     for base in sorted(spans):
         span = spans[base]
+        if base < end:  # nor two segments
+            continue
+        end = base + span.size
         blocks: list[tuple[int, bool | None]] = []
         at, stop = base, base + span.size
         for address in addresses[bisect_left(addresses, base) : bisect_left(addresses, stop)]:

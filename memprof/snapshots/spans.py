@@ -35,11 +35,16 @@ class Span:
     expandable: bool
 
 
-class _Spans:
+class Spans:
     """Memory by address; neighbouring pages of one expandable segment are one span."""
 
     def __init__(self, found: dict[int, Span]) -> None:
         self.found, self._starts = found, sorted(found)
+
+    def is_free(self, address: int, size: int) -> bool:
+        """Whether no memory lies in ``[address, address + size)``."""
+        i = bisect_left(self._starts, address + size) - 1
+        return i < 0 or self._starts[i] + self.found[self._starts[i]].size <= address
 
     def add(self, address: int, span: Span) -> None:
         """Put memory into the map."""
@@ -97,7 +102,7 @@ def _span(recording: Recording, action: int, size: int, lane: int) -> Span:
 
 def spans_before(recording: Recording) -> dict[int, Span]:
     """The memory before the first event: the final one, with every event taken back, last to first."""
-    spans = _Spans(_final(recording))
+    spans = Spans(_final(recording))
     for action, address, size, lane in _segment_events(recording, backwards=True):
         if action in (SEGMENT_ALLOC, SEGMENT_MAP):
             spans.cut(address, size)
@@ -110,7 +115,7 @@ def spans_after(recording: Recording, before: dict[int, Span], event: int) -> di
     """The memory after event number ``event``, by address; ``before`` is that before the first."""
     if event >= len(recording) - 1:
         return _final(recording)
-    spans = _Spans({address: replace(span) for address, span in before.items()})
+    spans = Spans({address: replace(span) for address, span in before.items()})
     for action, address, size, lane in _segment_events(recording, stop=event + 1):
         if action in (SEGMENT_ALLOC, SEGMENT_MAP):
             spans.add(address, _span(recording, action, size, lane))
