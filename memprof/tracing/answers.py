@@ -34,32 +34,43 @@ def answer(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
     """What ``func(*args, **kwargs)`` gives, where some argument is a tensor without storage; raises what it raises."""
     tensors: list[Tensor] = []
     form: list[Any] = [func, torch.get_default_dtype()]
-    if torch.is_grad_enabled() or torch.is_inference_mode_enabled() or not _goes_by_form(func):
-        return func(*args, **kwargs)
-    if _get_current_dispatch_mode() is not None:  # another one listens, and shall hear of the operator itself
-        return func(*args, **kwargs)
-    if not (_describe(args, form, tensors) and _describe(kwargs.items(), form, tensors)):
-        return func(*args, **kwargs)
-    mode = next((tensor.fake_mode for tensor in tensors if type(tensor) is FakeTensor), None)
-    if mode is None:
-        return func(*args, **kwargs)
-    table, key = _tables.setdefault(mode, {}), tuple(form)
+    if _only_form_counts(func) and _describe(args, form, tensors) and _describe(kwargs.items(), form, tensors):
+        mode = next((tensor.fake_mode for tensor in tensors if type(tensor) is FakeTensor), None)
+        if mode is not None:
+            recipe = _found(_tables.setdefault(mode, {}), tuple(form))
+            if recipe is _not_seen:
+                return _learnt(mode, tuple(form), tensors, func, args, kwargs)
+            if recipe is not None:
+                return recipe(mode, tensors)
+    return func(*args, **kwargs)
+
+
+def _only_form_counts(func: Any) -> bool:
+    """Whether a result hangs on form alone, and nobody but the caller listens to operators: they shall hear of it."""
+    special = torch.is_grad_enabled() or torch.is_inference_mode_enabled() or not _goes_by_form(func)
+    return not special and _get_current_dispatch_mode() is None
+
+
+def _found(table: dict[Any, Recipe | None], form: tuple[Any, ...]) -> Recipe | None:
     try:
-        recipe = table.get(key, _not_seen)
+        return table.get(form, _not_seen)
     except TypeError:  # an argument without a hash
-        return func(*args, **kwargs)
-    if recipe is None:
-        return func(*args, **kwargs)
-    if recipe is not _not_seen:
-        return recipe(mode, tensors)
-    once, mode.cache_enabled = mode.cache_enabled, False  # it is kept here, and need not be kept there
+        return None
+
+
+def _learnt(
+    mode: FakeTensorMode, form: tuple[Any, ...], tensors: list[Tensor], func: Any, args: Any, kwargs: Any
+) -> Any:
+    """What torch gives, kept for the next time, and not in torch's own cache as well."""
+    table, before = _tables[mode], mode.cache_enabled
+    mode.cache_enabled = False
     try:
         out = func(*args, **kwargs)
     finally:
-        mode.cache_enabled = once
+        mode.cache_enabled = before
     if len(table) >= MOST:
         table.clear()
-    table[key] = _recipe(mode, out, tensors)
+    table[form] = _recipe(mode, out, tensors)
     return out
 
 
