@@ -30,7 +30,7 @@ MODEL = ["--model", "proving", "--stack", "paper"]
 COMMANDS = {
     "run": ["run", *MODEL, "--method", "baseline", "--method", "fastv", "--method", "topv", "--device", "sim",
             "--limit", "3", "-o", "{here}/run"],
-    "fit": ["fit", *MODEL, "--method", "topv", "--gpu", "700MiB"],
+    "fit": ["fit", *MODEL, "--method", "topv", "--gpu", "1GiB", "--context", "824MiB"],
     "explain": ["explain", "{here}/run/fastv"],
     "tune": ["tune", *MODEL, "--method", "topv", "--device", "sim", "--budget", "45MiB", "--limit", "3",
              "-o", "{here}/tune"],

@@ -7,6 +7,27 @@ from typing import Annotated
 
 import typer
 
+#: The least that ``--gpu`` takes for a card. Less is a slip of a unit, as 8MiB; Python takes any size.
+LEAST_CARD = "1GiB"
+
+
+def card_or_size(text: str | None) -> str | None:
+    """``text``, where it names a card or the size of one.
+
+    Raises:
+        BadValue: Neither, or a size below :data:`LEAST_CARD`.
+    """
+    if text is not None:
+        from memprof.errors import BadValue
+        from memprof.gpus import find_card
+        from memprof.units import parse_bytes
+
+        memory = find_card(text).memory_bytes
+        if memory is not None and memory < parse_bytes(LEAST_CARD):
+            raise BadValue(f"--gpu {text} is less than {LEAST_CARD}, the least that is taken for a card; as --gpu 8GiB")
+    return text
+
+
 RUN_HELP = "A run folder, a folder of run folders, latest, or part of a name that `memprof runs` lists."
 ARun = Annotated[Path, typer.Argument(help=RUN_HELP, metavar="RUN", show_default=False)]
 Model = Annotated[
@@ -47,7 +68,10 @@ Data = Annotated[
     str, typer.Option("--data", help="bundled, hub, a .csv of sizes, .jsonl, .tsv, .parquet, or a folder of pictures.")
 ]
 Gpu = Annotated[
-    str | None, typer.Option("--gpu", help="Card to predict for, as 4090 (see `list cards`), or its memory, as 8GiB.")
+    str | None,
+    typer.Option(
+        "--gpu", help="Card to predict for, as 4090 (see `list cards`), or its memory, as 8GiB.", callback=card_or_size
+    ),
 ]
 Weights = Annotated[str, typer.Option("--weights", help="random, hub, or the path of a checkpoint.")]
 Dtype = Annotated[str | None, typer.Option("--dtype", help="bfloat16, float16 or float32; default: as published.")]

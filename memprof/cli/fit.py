@@ -14,7 +14,12 @@ if TYPE_CHECKING:
 
 
 def fit(
-    gpu: Annotated[str, typer.Option("--gpu", help="The card: h100, a100, 4090, ..., or its memory, as 8GiB.")],
+    gpu: Annotated[
+        str,
+        typer.Option(
+            "--gpu", help="The card: h100, a100, 4090, ..., or its memory, as 8GiB.", callback=opt.card_or_size
+        ),
+    ],
     model: opt.Model = "internvl2-2b",
     method: Annotated[str, typer.Option("--method", help="Pruning method, as topv:keep=0.25.")] = "baseline",
     stack: opt.StackName = "current",

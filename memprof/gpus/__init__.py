@@ -105,7 +105,7 @@ def find_card(text: str | None) -> Card:
 
     A number that one card alone has in its name will do: ``4090``. ``h100@any`` is an H100 that never runs out of
     memory, and so is no name at all. A size such as ``8GiB`` is an H100's kernels with so much memory; it needs its
-    unit, and may be as small as the proving model's.
+    unit, and may be as small as the proving model's (``--gpu`` takes none below 1 GiB).
 
     Raises:
         BadValue: Neither a name nor a size.

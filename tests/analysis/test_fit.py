@@ -165,6 +165,6 @@ def test_where_nothing_fits_the_answer_says_so(spec: RunSpec, room: int) -> None
 
 
 def test_python_is_answered_and_the_command_refuses(capsys: pytest.CaptureFixture[str]) -> None:
-    found = api.fits("512MiB", "internvl2-2b")
+    found = api.fits("1GiB", "internvl2-2b")
     assert (found.fits, found.limits) == (False, ())
-    assert call(capsys, "fit", "--gpu", "512MiB") == (4, "", f"memprof: {found.refusal}\n")
+    assert call(capsys, "fit", "--gpu", "1GiB") == (4, "", f"memprof: {found.refusal}\n")

@@ -45,8 +45,8 @@ AFTER = {
     "flash": 'AutoModelForImageTextToText.from_pretrained(sys.argv[1], attn_implementation="flash_attention_2")',
     "casts": "with torch.autocast(device): model.generate(**inputs(24), max_new_tokens=2)",
     "wrong": "model.generate(**inputs(24, images=3), max_new_tokens=2)",
-    "falls back": "try:\n    model.generate(**inputs(20000), max_new_tokens=2)\nexcept torch.OutOfMemoryError as e:\n"
-    "    print('too large')\nmodel.generate(**inputs(20000), max_new_tokens=2)",
+    "falls back": "try:\n    model.generate(**inputs(10**6), max_new_tokens=2)\nexcept torch.OutOfMemoryError as e:\n"
+    "    print('too large')\nmodel.generate(**inputs(10**6), max_new_tokens=2)",
 }  # fmt: skip
 
 
@@ -170,10 +170,10 @@ def test_the_script_is_told_of_the_card_as_it_is(tmp_path: Path, gpu: str | None
 
 
 def test_a_card_that_is_full_refuses_as_a_card_does(tmp_path: Path, saved: Path) -> None:
-    done = start(tmp_path, saved, AFTER["falls back"], "-q", "-o", "run", "--predict", "--gpu", "540MiB")
+    done = start(tmp_path, saved, AFTER["falls back"], "-q", "-o", "run", "--predict", "--gpu", "1GiB")
     assert done.stdout.splitlines()[-1] == "too large", done.stderr
     assert done.returncode == 4
-    assert done.stderr.startswith("memprof: predicted not to fit on 540MiB: ")
+    assert done.stderr.startswith("memprof: predicted not to fit on 1GiB: ")
     assert done.stderr.count("\n") == 1
     run = read_run(tmp_path / "run")
     assert [sample.status for sample in run.samples] == ["ok", "ok", "ok", "oom", "oom"]

@@ -81,7 +81,9 @@ def test_failed_samples_are_mentioned_and_run_again_when_asked(
     [
         (["--attention", "bogus"], 2, "unknown attention 'bogus'; valid: eager, sdpa"),
         (["--attention", "flash_attention_2"], 2, "valid: eager, sdpa"),
-        (["--gpu", "1MiB"], 4, "do not fit"),
+        (["--gpu", "2GiB", "--model", "internvl2-2b"], 4, "do not fit"),
+        (["--gpu", "1023MiB"], 2, "--gpu 1023MiB is less than 1GiB"),
+        (["--gpu", "0GiB"], 2, "no memory"),
         (["--dtype", "float99"], 2, "float99"),
     ],
 )
