@@ -415,8 +415,8 @@ def _weights_alone(desk: _Desk, gpu_bytes: int, context_bytes: int) -> str:
     would = [f"{n}-bit weights (about {format_bytes(size, digits=1)})" for n, size in fewer]
     would += ["a smaller model", f"a card of {format_bytes(weights + context_bytes, digits=1)} and more"]
     return (
-        f"the weights of {desk.spec.model} alone, {format_bytes(weights)} in {desk.spec.dtype}, do not fit: a card of "
-        f"{format_bytes(gpu_bytes)} has {format_bytes(max(0, room))} beside its CUDA context "
+        f"the weights of {desk.spec.model} alone, {format_bytes(weights)} in {desk.spec.dtype} with workspaces, do not "
+        f"fit: a card of {format_bytes(gpu_bytes)} has {format_bytes(max(0, room))} beside its CUDA context "
         f"({format_bytes(context_bytes, 'MiB', 0)}), and no pruning lowers that; what would help: {', '.join(would)}"
     )
 
