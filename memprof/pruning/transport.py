@@ -50,7 +50,8 @@ def sinkhorn(
     ``rows`` whatever the cost.)
 
     Args:
-        kernel: Of costs none of which is above 80 ``eps``: from 87 on, ``exp(-C / eps)`` is no ordinary float32.
+        kernel: Each of its rows sums to 1, so that the first row scalings are ``rows`` themselves. Of costs none of
+            which is above 80 ``eps``: from 87 on, ``exp(-C / eps)`` is no ordinary float32.
         rows: ``(n,)`` float32, positive, summing to 1.
         columns: ``(n,)`` float32, positive, summing to 1.
         iterations: Passes, at least 1.
@@ -58,17 +59,18 @@ def sinkhorn(
     Returns:
         ``u`` and ``v``, each ``(n,)`` float32.
     """
-    u, v = rows, torch.ones_like(columns)
+    u, v = rows, None
     for _ in range(iterations):
-        reached = torch.zeros_like(v)
+        reached = torch.zeros_like(columns)
         u = kernel.each(partial(_scale, v, reached), rows)
         v = columns / reached
+    assert v is not None, "at least one iteration"
     return u, v
 
 
-def _scale(v: torch.Tensor, reached: torch.Tensor, block: torch.Tensor, marginal: torch.Tensor) -> torch.Tensor:
-    """Scalings of a block's rows; what they give each column is added to ``reached``."""
-    u = marginal / block.mv(v)
+def _scale(v: torch.Tensor | None, reached: torch.Tensor, block: torch.Tensor, marginal: torch.Tensor) -> torch.Tensor:
+    """Scalings of a block's rows, which sum to 1 where there is no ``v``; what they give each column is added."""
+    u = marginal if v is None else marginal / block.mv(v)
     reached.addmv_(block.T, u)
     return u
 
@@ -78,7 +80,8 @@ def source_relaxed(kernel: Kernel, rows: torch.Tensor, columns: torch.Tensor) ->
 
     Args:
         kernel: As for :func:`sinkhorn`.
-        rows: What of ``exp(-C / eps)`` is the same all along a row and not in ``kernel``, ``(n,)`` float32.
+        rows: What of ``exp(-C / eps)`` is the same all along a row and not in ``kernel``, ``(n,)`` float32, as small as
+            ``kernel`` is too large.
         columns: ``(n,)`` float32, positive, summing to 1.
 
     Returns:

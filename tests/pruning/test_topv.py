@@ -128,10 +128,11 @@ def test_terms_are_what_they_say() -> None:
     opposite = topv.cosine_cost(torch.tensor([[1.0, 0.0]]), torch.tensor([[3.0, 0.0], [0.0, 2.0], [-1.0, 0.0]]))(0, 1)
     torch.testing.assert_close(opposite, torch.tensor([[0.0, 0.5**0.5, 1.0]]))
     places, images = torch.tensor([[0.5, 0.5], [0.5, 0.5], [0.9, 0.8]]), torch.tensor([0, 1, 1])
-    spatial = -topv.spatial_closeness(places, images, 0.4)(0, 3)
+    spatial = 1 - topv.spatial_closeness(places, images, 0.4)(0, 3)
     torch.testing.assert_close(spatial[0], torch.tensor([0.0, 1.0, 1.0]))  # the same place on another image is far away
     assert 0 < spatial[1, 2] < 1
     torch.testing.assert_close(spatial, spatial.T)
+    torch.testing.assert_close(topv.spatial_closeness(places, images, 0.4, 7.0)(0, 3), 7 * (1 - spatial))
     corners = torch.tensor([[0.5, 0.5], [0.0, 1.0], [1.0, 1.0], [0.5, 1.0]])
     torch.testing.assert_close(topv.centre_cost(corners), torch.tensor([0.0, 1.0, 1.0, 0.5**0.5]))
     torch.testing.assert_close(
@@ -146,7 +147,7 @@ def test_positions_know_no_tile_edges() -> None:
     shape = family.shape(card, 896, 448, 10, None)
     assert (shape.images[0].columns, shape.images[0].rows, shape.tiles) == (2, 1, 3)
     at = torch.from_numpy(family.positions(shape.images[0]))
-    cost = -topv.spatial_closeness(at, torch.zeros(len(at), dtype=torch.int64), 0.4)(0, len(at))
+    cost = 1 - topv.spatial_closeness(at, torch.zeros(len(at), dtype=torch.int64), 0.4)(0, len(at))
     left_of_edge, right_of_edge, right_edge, thumbnail = 15, 256, 256 + 15, 512
     assert cost[left_of_edge, right_of_edge] < cost[0, left_of_edge] < cost[0, right_edge]
     # The thumbnail's first token lies over the first four of the left tile's top rows.

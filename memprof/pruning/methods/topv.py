@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from math import log
 from typing import TYPE_CHECKING
 
 from memprof.errors import BadValue
@@ -123,7 +124,8 @@ class TopV(OneCut):
             return mean_cosine(view.source, view.target).neg_()
         kernel, columns = self.kernel(view), self.mass(view.target)
         if self.relax == "source":
-            centre = centre_cost(view.positions).mul_(-self.gamma / self.eps).exp_()
+            # The kernel has exp(beta / eps) too much, since its closeness is the spatial cost's less 1.
+            centre = centre_cost(view.positions).mul_(-self.gamma / self.eps).sub_(self.beta / self.eps).exp_()
             u, v = source_relaxed(kernel, centre, columns)
         else:  # what is the same all along a row cancels when rows are scaled
             u, v = sinkhorn(kernel, self.mass(view.source), columns, self.iterations)
@@ -141,21 +143,24 @@ class TopV(OneCut):
         return tokens.new_full((len(tokens),), 1 / len(tokens), dtype=torch.float32)
 
     def kernel(self, view: View) -> Kernel:
-        """``exp(-(alpha * feature + beta * spatial) / eps)``; each of the two terms is in [0, 1].
+        """``exp(-(alpha * feature + beta * spatial) / eps)`` but for a factor of all; each term is in [0, 1].
 
-        Two matrices of pairs stand side by side while it is made, so they share the view's room.
+        Where the plan is balanced, a row is over its own sum: then its first scaling is done, in the pass that takes
+        the exponential. Two matrices of pairs stand side by side while it is made, so they share the view's room.
         """
+        import torch
+
         from memprof.pruning.pairs import blocks
         from memprof.pruning.transport import Kernel
 
         feature_cost = cosine_cost if self.features == "cosine" else squared_cost
         feature = feature_cost(view.source, view.target, self.alpha / self.eps)
-        closeness = spatial_closeness(view.positions, view.images, self.sigma)
+        closeness = spatial_closeness(view.positions, view.images, self.sigma, self.beta / self.eps)
 
         def block(start: int, stop: int) -> torch.Tensor:
-            if not self.beta:
-                return feature(start, stop).neg_().exp_()
-            return closeness(start, stop).mul_(self.beta / self.eps).sub_(feature(start, stop)).exp_()
+            # What is near first: while the device is at it, the host hands out the rest.
+            exponents = closeness(start, stop).sub_(feature(start, stop)) if self.beta else feature(start, stop).neg_()
+            return exponents.exp_() if self.relax == "source" else torch.softmax(exponents, 1)
 
         return Kernel(block, list(blocks(view.count, 2 * view.count, view.room * view.count)))
 
@@ -167,13 +172,12 @@ def cosine_cost(source: torch.Tensor, target: torch.Tensor, weight: float = 1.0)
     from memprof.pruning.pairs import dots, lengths
 
     half = weight**2 / 2
-    rows, columns = lengths(source).reciprocal_().mul_(-half)[:, None], lengths(target).reciprocal_()
-    offset = columns.new_full((), half)
 
     def block(start: int, stop: int) -> torch.Tensor:
-        pairs = dots(source[start:stop], target).mul_(rows[start:stop])
-        # Rounding can take identical tokens below zero.
-        return torch.addcmul(offset, pairs, columns, out=pairs).clamp_(min=0).sqrt_()
+        rows, columns = lengths(source[start:stop])[:, None], lengths(target)
+        pairs = dots(source[start:stop], target).div_(rows)
+        torch.addcdiv(columns.new_full((), half), pairs, columns, value=-half, out=pairs)
+        return pairs.clamp_(min=0).sqrt_()  # rounding can take identical tokens below zero
 
     return block
 
@@ -197,27 +201,30 @@ def squared_cost(source: torch.Tensor, target: torch.Tensor, weight: float = 1.0
     return block
 
 
-def spatial_closeness(places: torch.Tensor, images: torch.Tensor, sigma: float) -> Block:
-    """Minus the spatial cost: a Gaussian of the distance on the image less 1, -1 between images: ``(b, n)`` float32.
+def spatial_closeness(places: torch.Tensor, images: torch.Tensor, sigma: float, weight: float = 1.0) -> Block:
+    """A Gaussian of the distance on the image, 0 between images, times ``weight``: ``(b, n)`` float32.
+
+    It is 1 less the spatial cost.
 
     Args:
         places: Centres of the tokens, ``(n, 2)`` float32, in units of the image's edges.
         images: Number of the image of each, ``(n,)`` int64.
         sigma: Width of the Gaussian, in the same units.
+        weight: Above 0.
     """
     import torch
 
     width = sigma * 2**0.5
-    x, y = places.div(width).unbind(1)
-    # Images side by side, 20 widths apart: there the Gaussian is zero in float32, and no mask is needed.
-    x = images.mul(20 + 1 / width).add_(x)
-    nothing = x.new_zeros(())
 
     def block(start: int, stop: int) -> torch.Tensor:
+        x, y = places.div(width).unbind(1)
+        # Images side by side, 20 widths apart: there the Gaussian is zero in float32, and no mask is needed.
+        x = torch.add(x, images, alpha=20 + 1 / width)
+        top = x.new_full((), log(weight))
         # Differences, not products: what is near is told apart to the last bit.
         across, down = (at[start:stop, None] - at for at in (x, y))
-        torch.addcmul(nothing, across, across, value=-1, out=across)
-        return across.addcmul_(down, down, value=-1).expm1_()
+        torch.addcmul(top, across, across, value=-1, out=across)
+        return across.addcmul_(down, down, value=-1).exp_()
 
     return block
 
