@@ -61,18 +61,27 @@ def sinkhorn(
     """
     u, v = rows, None
     for _ in range(iterations):
-        reached = torch.zeros_like(columns)
+        reached = _Reached()
         u = kernel.each(partial(_scale, v, reached), rows)
-        v = columns / reached
+        v = columns / reached.total
     assert v is not None, "at least one iteration"
     return u, v
 
 
-def _scale(v: torch.Tensor | None, reached: torch.Tensor, block: torch.Tensor, marginal: torch.Tensor) -> torch.Tensor:
+def _scale(v: torch.Tensor | None, reached: _Reached, block: torch.Tensor, marginal: torch.Tensor) -> torch.Tensor:
     """Scalings of a block's rows, which sum to 1 where there is no ``v``; what they give each column is added."""
-    u = marginal if v is None else marginal / block.mv(v)
-    reached.addmv_(block.T, u)
-    return u
+    return reached.add(block, marginal if v is None else marginal / block.mv(v))
+
+
+class _Reached:
+    """What each column has been given, ``(n,)`` float32, by the blocks so far."""
+
+    total: torch.Tensor
+
+    def add(self, block: torch.Tensor, u: torch.Tensor) -> torch.Tensor:
+        """Add what rows scaled by ``u`` give; hands ``u`` on."""
+        self.total = self.total.addmv_(block.T, u) if hasattr(self, "total") else block.T.mv(u)
+        return u
 
 
 def source_relaxed(kernel: Kernel, rows: torch.Tensor, columns: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -87,9 +96,9 @@ def source_relaxed(kernel: Kernel, rows: torch.Tensor, columns: torch.Tensor) ->
     Returns:
         ``u``, which is ``rows``, and ``v``, ``(n,)`` float32.
     """
-    reached = torch.zeros_like(columns)
-    kernel.each(lambda block, weights: reached.addmv_(block.T, weights), rows)
-    return rows, columns / reached
+    reached = _Reached()
+    kernel.each(reached.add, rows)
+    return rows, columns / reached.total
 
 
 def row_maxima(kernel: Kernel, u: torch.Tensor, v: torch.Tensor) -> torch.Tensor:

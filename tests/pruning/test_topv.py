@@ -118,6 +118,14 @@ def test_each_cost_term_changes_the_ranking_when_it_should() -> None:
     assert ranks(view, relax="source") != ranks(view, relax="source", gamma=0.5)
 
 
+@pytest.mark.parametrize(("extreme", "as_good_as"), [(5e-324, 1e-9), (1e300, 1e5)])
+def test_a_width_beyond_float32_is_as_good_as_one_at_its_end(extreme: float, as_good_as: float) -> None:
+    found, same = (TopV(sigma=sigma).importance(tokens(60, images=2)) for sigma in (extreme, as_good_as))
+    torch.testing.assert_close(found, same)
+    nothing, none = (TopV(beta=beta, eps=10.0).importance(tokens(60)) for beta in (5e-324, 0.0))
+    torch.testing.assert_close(nothing, none)
+
+
 def test_terms_are_what_they_say() -> None:
     view = tokens(40)
     for term in (topv.cosine_cost, topv.squared_cost):
@@ -159,7 +167,7 @@ def test_degeneracy_row_sums_of_a_plan_ended_on_the_rows_are_the_marginal_whatev
     for seed in (1, 2):
         view = tokens(70, seed=seed)
         pruner = TopV()
-        mass = TopV(marginals="norm").mass(view.source)
+        mass, _ = TopV(marginals="norm").marginal(view)
         kernel = pruner.kernel(view)
         u, v = sinkhorn(kernel, mass, mass, 3)
         u = u * mass / row_sums(kernel, u, v)  # one more scaling of the rows: the plan ends on them

@@ -122,25 +122,26 @@ class TopV(OneCut):
 
         if self.score == "cost":
             return mean_cosine(view.source, view.target).neg_()
-        kernel, columns = self.kernel(view), self.mass(view.target)
+        kernel, (rows, columns) = self.kernel(view), self.marginal(view)
         if self.relax == "source":
             # The kernel has exp(beta / eps) too much, since its closeness is the spatial cost's less 1.
             centre = centre_cost(view.positions).mul_(-self.gamma / self.eps).sub_(self.beta / self.eps).exp_()
             u, v = source_relaxed(kernel, centre, columns)
         else:  # what is the same all along a row cancels when rows are scaled
-            u, v = sinkhorn(kernel, self.mass(view.source), columns, self.iterations)
+            u, v = sinkhorn(kernel, rows, columns, self.iterations)
         return (row_maxima if self.score == "max" else row_sums)(kernel, u, v)
 
-    def mass(self, tokens: torch.Tensor) -> torch.Tensor:
-        """What each of ``(n, hidden)`` tokens sends or receives, ``(n,)`` float32 summing to 1."""
+    def marginal(self, view: View) -> tuple[torch.Tensor, torch.Tensor]:
+        """What each token sends, and what each receives: ``(n,)`` float32 summing to 1."""
         import torch
 
         from memprof.pruning.pairs import lengths
 
         if self.marginals == "norm":
-            norms = lengths(tokens)
-            return norms.div_(norms.sum())
-        return tokens.new_full((len(tokens),), 1 / len(tokens), dtype=torch.float32)
+            sent, received = (norms.div_(norms.sum()) for norms in map(lengths, (view.source, view.target)))
+            return sent, received
+        alike = view.source.new_full((view.count,), 1 / view.count, dtype=torch.float32)
+        return alike, alike
 
     def kernel(self, view: View) -> Kernel:
         """``exp(-(alpha * feature + beta * spatial) / eps)`` but for a factor of all; each term is in [0, 1].
@@ -155,11 +156,12 @@ class TopV(OneCut):
 
         feature_cost = cosine_cost if self.features == "cosine" else squared_cost
         feature = feature_cost(view.source, view.target, self.alpha / self.eps)
-        closeness = spatial_closeness(view.positions, view.images, self.sigma, self.beta / self.eps)
+        spatial = self.beta / self.eps
+        closeness = spatial_closeness(view.positions, view.images, self.sigma, spatial)
 
         def block(start: int, stop: int) -> torch.Tensor:
             # What is near first: while the device is at it, the host hands out the rest.
-            exponents = closeness(start, stop).sub_(feature(start, stop)) if self.beta else feature(start, stop).neg_()
+            exponents = closeness(start, stop).sub_(feature(start, stop)) if spatial else feature(start, stop).neg_()
             return exponents.exp_() if self.relax == "source" else torch.softmax(exponents, 1)
 
         return Kernel(block, list(blocks(view.count, 2 * view.count, view.room * view.count)))
@@ -214,17 +216,18 @@ def spatial_closeness(places: torch.Tensor, images: torch.Tensor, sigma: float, 
     """
     import torch
 
-    width = sigma * 2**0.5
+    # Beyond these ends the Gaussian is the same in float32, and the numbers below would leave its range.
+    width = min(max(sigma, 1e-12), 1e6) * 2**0.5
 
     def block(start: int, stop: int) -> torch.Tensor:
-        x, y = places.div(width).unbind(1)
+        x, y = places.unbind(1)
         # Images side by side, 20 widths apart: there the Gaussian is zero in float32, and no mask is needed.
-        x = torch.add(x, images, alpha=20 + 1 / width)
+        x = torch.add(x, images, alpha=1 + 20 * width)
         top = x.new_full((), log(weight))
         # Differences, not products: what is near is told apart to the last bit.
         across, down = (at[start:stop, None] - at for at in (x, y))
-        torch.addcmul(top, across, across, value=-1, out=across)
-        return across.addcmul_(down, down, value=-1).exp_()
+        torch.addcmul(top, across, across, value=-(width**-2), out=across)
+        return across.addcmul_(down, down, value=-(width**-2)).exp_()
 
     return block
 
