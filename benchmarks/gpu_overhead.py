@@ -5,8 +5,8 @@
 
 Parts, each chosen by ``--part``; without one, all but ``eager``:
 
-selection   One choice of tokens in place: wall time to the last kernel's end, time between device events, the same where
-            the device has other work until the host has handed all of it out (``queued_ms``: what the device itself
+selection   One choice of tokens in place: wall time to the last kernel's end, time between device events, that once more
+            where the device has other work until the host has handed all of it out (``queued_ms``: what the device
             takes), and the bytes above what was held. TopV at 3,328 tokens may take 1 ms, and no more than its layer.
 prefill     Prefill of every method, whole and in the decoder layers alone, over Baseline's of the same round, beside
             what counted FLOPs promise; and over that of Random at the same cut, which may be exceeded by 3 %. Peaks,
@@ -404,8 +404,9 @@ def selection(stand: Stand, methods: Sequence[str], repeats: int, budget: Budget
             with still(), Surgery(stand.model, pruner, stand.prompt.places), torch.no_grad():
                 stand.model(**place(stand.prompt, stand.model), logits_to_keep=1)
         wall, between, queued, taken = zip(*seen, strict=True)
-        times = {"ms": median(wall), "device_ms": median(between), "queued_ms": median(queued)}
-        found[method] = times | {"bytes": max(taken), "choices": len(seen)}
+        found[method] = {"ms": median(wall), "device_ms": median(between), "bytes": max(taken), "choices": len(seen)}
+        if stand.cuda:
+            found[method]["queued_ms"] = median(queued)
         if alike:
             found[method]["as_in_float64"] = alike[0]
         if stand.cuda and method == "topv":
