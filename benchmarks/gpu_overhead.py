@@ -5,9 +5,9 @@
 
 Parts, each chosen by ``--part``; without one, all but ``eager``:
 
-selection   One choice of tokens in place: wall time to the last kernel's end, time between device events, that once more
-            where the device has other work until the host has handed all of it out (``queued_ms``: what the device
-            takes), and the bytes above what was held. TopV at 3,328 tokens may take 1 ms, and no more than its layer.
+selection   One choice of tokens in place: wall time to the last kernel's end; time between device events; the same
+            where the device has other work until the host has handed all of it out (``queued_ms``: the device's own
+            time); and the bytes above what was held. TopV at 3,328 tokens may take 1 ms, and no more than its layer.
 prefill     Prefill of every method, whole and in the decoder layers alone, over Baseline's of the same round, beside
             what counted FLOPs promise; and over that of Random at the same cut, which may be exceeded by 3 %. Peaks,
             too: TopV's is Random's.
