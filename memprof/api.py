@@ -16,6 +16,7 @@ is answered without it.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -159,7 +160,7 @@ def profile(model: nn.Module) -> Iterator[Profile]:
 
 
 def predict(
-    model: str | PreTrainedConfig | nn.Module,
+    model: str | os.PathLike[str] | PreTrainedConfig | nn.Module,
     inputs: Mapping[str, Any] | None = None,
     *,
     images: Sequence[tuple[int, int]] = (),
@@ -202,6 +203,8 @@ def predict(
         DoesNotFit: The weights alone do not fit on the card.
     """
     check_sizes(images)
+    if isinstance(model, os.PathLike):
+        model = os.fspath(model)
     if inputs is not None:
         return _generated(model, inputs, images, method, stack, new_tokens, card, dtype, attention)
     from memprof import predicted
@@ -270,8 +273,9 @@ def fits(card: str, model: str, *, context: str | None = None, **asked: Any) -> 
 
 @contextmanager
 def weightless(
-    model: str | PreTrainedConfig, *, dtype: str | None = None, card: str = "h100", attention: str | None = None
-) -> Iterator[Any]:
+    model: str | os.PathLike[str] | PreTrainedConfig, *, dtype: str | None = None, card: str = "h100",
+    attention: str | None = None,
+) -> Iterator[Any]:  # fmt: skip
     """The model with every parameter there and no byte behind it, on which your own ``generate()`` call is predicted.
 
     ::
@@ -297,9 +301,9 @@ def weightless(
     from memprof.models.weightless import lent
 
     on = calibrated(find_card(card))
-    if isinstance(model, str):
+    if isinstance(model, str | os.PathLike):
         known = find(model)
-        module = build_model(known, device="sim", dtype=dtype or known.dtype, attention=attention or "sdpa")
+        module = build_model(known, device="sim", dtype=dtype or known.dtype, attention=attention)
         config: Any = module.config
         config.name_or_path = known.hub or known.name  # who looks at the model learns what it is
     else:

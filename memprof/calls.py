@@ -187,8 +187,10 @@ class Calls:
             embedded = kwargs.get("inputs_embeds")
             return {"text_tokens": int(embedded.shape[1])} if isinstance(embedded, torch.Tensor) else {}
         row = ids[0].tolist()
-        if self._known is None:
-            return {"text_tokens": len(row)}
+        if self._known is None:  # most of transformers' configurations name what stands for an image
+            config = getattr(self.model, "config", None)
+            token = getattr(config, "image_token_id", getattr(config, "image_token_index", None))
+            return {"visual_tokens": row.count(token), "text_tokens": len(row) - row.count(token)}
         try:
             shape = self._known.family.given(self._known, row, kwargs).shape
         except (MemprofError, ArithmeticError, LookupError, TypeError, ValueError):

@@ -6,6 +6,7 @@ The tree::
     ├── UsageError          2  the request itself is wrong
     │   ├── UnknownName     2  no such method, field, task, model, device ...
     │   ├── BadValue        2  a value outside its range
+    │   ├── LacksAttention  2  transformers has not this attention for the model
     │   └── RunExists       2  a run folder is already there
     ├── DataError           1  a file or data set cannot be read
     │   └── BadRow          1  a row of it is no sample
@@ -35,6 +36,10 @@ class UsageError(MemprofError):
     """The request is wrong; asking again differently can succeed."""
 
     exit_code = 2
+
+
+class LacksAttention(UsageError):
+    """Transformers has not the attention that was asked for, or that is usual, for this model."""
 
 
 class UnknownName(UsageError):

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from memprof import limits
 from memprof.bench import Bench
 from memprof.environment import environment
-from memprof.errors import UnknownName
+from memprof.errors import LacksAttention, UnknownName
 from memprof.forecasts import BESIDE, Ask, Setup
 from memprof.gpus import calibrated, find_card
-from memprof.models.find import find, named, of_config, plain_config
+from memprof.models.find import check_model, find, named, of_config, plain_config
 from memprof.models.heeding import check_heeded
 from memprof.prompts import Prompt, Shape
 from memprof.pruning import build_pruner, method_spec, visual_flops_cut
@@ -31,12 +32,13 @@ def described(model: Any) -> tuple[Model, str, str | None]:
         model: A name, a hub id, a path, a transformers configuration, or a model that has one.
 
     Raises:
-        UnknownName: Nothing is called so.
+        UsageError: Nothing is called so, or it has no configuration.
         WeightsError: A configuration that cannot be read, or whose family is not known.
     """
     if isinstance(model, str):
         known = find(model)
         return known, known.dtype, None
+    check_model(model)
     raw = plain_config(model)
     known = of_config(raw)
     runs = str(getattr(config_of(model).get_text_config(), "_attn_implementation", None))
@@ -68,6 +70,22 @@ def predict(
     batch: int,
 ) -> Run:
     """As :func:`memprof.api.predict` without inputs."""
+    how = partial(
+        _predict, model, images, text_tokens=text_tokens, method=method, stack=stack, new_tokens=new_tokens, card=card,
+        dtype=dtype, max_tiles=max_tiles, batch=batch,
+    )  # fmt: skip
+    try:
+        return how(attention=attention)
+    except LacksAttention:
+        if attention is not None:
+            raise
+        return how(attention="eager")
+
+
+def _predict(
+    model: Any, images: Sequence[tuple[int, int]], *, text_tokens: int, method: str, stack: str, new_tokens: int,
+    card: str | None, dtype: str | None, attention: str | None, max_tiles: int | None, batch: int,
+) -> Run:  # fmt: skip
     known, own_dtype, own_attention = described(model)
     pruner = build_pruner(method, stack)
     pruner.stages(1_000, known.layers)  # raises where it cuts beyond the model

@@ -304,5 +304,5 @@ def _attention_of(where: Anatomy) -> str:
 
     for _, layer in where.layers:
         with suppress(UsageError):
-            return str(getattr(attention_in(layer).config, "_attn_implementation", "none"))
+            return str(getattr(getattr(attention_in(layer), "config", None), "_attn_implementation", "none"))
     return "none"

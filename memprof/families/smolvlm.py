@@ -102,7 +102,8 @@ class SmolVLM(Family):
             return []
         places = [number for number, one in enumerate(ids) if one == token]
         between = places[-1] - places[0] + 1 - len(places)
-        return [dataclasses.replace(self.tiled(model, views), marks=between)]
+        whole = self.tiled(model, views)
+        return [dataclasses.replace(whole, grids=whole.grids[:1] * views, marks=between)]
 
     def _of(self, model: Model, columns: int, rows: int) -> Image:
         """An image of so many views, and the whole one unless that is the only one.

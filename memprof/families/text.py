@@ -34,12 +34,17 @@ class Text(Family):
         return isinstance(found, str) and found.endswith("ForCausalLM")
 
     def read(self, raw: Mapping[str, Any], special: Mapping[str, int]) -> PreTrainedConfig:
-        """As the base class has it; an encoder beside the decoder raises ValueError."""
+        """As the base class has it; an encoder beside the decoder, or a tower before it, raises ValueError."""
         config = super().read(raw, special)
         if config.is_encoder_decoder:
             raise ValueError(
                 f"a {raw['model_type']} reads with an encoder, and memprof run takes decoders alone; your own "
                 "generate() of it is predicted inside memprof.weightless(config) and memprof.Profiler(model)"
+            )
+        if config.get_text_config() is not config:
+            raise ValueError(
+                f"a {raw['model_type']} is more than its language model, and memprof knows no family of it; your own "
+                "generate() of it is predicted by memprof.predict(config, inputs)"
             )
         return config
 

@@ -276,8 +276,9 @@ def _numbers(config: Mapping[str, Any]) -> dict[str, Any]:
     """A configuration without what moves no byte: ids of tokens, and names."""
     return {
         key: _numbers(value) if isinstance(value, Mapping) else value
-        for key, value in sorted(config.items())
-        if not key.endswith(("_token_id", "_token_index")) and key not in ("_name_or_path", "architectures", "chat")
+        for key, value in sorted(config.items(), key=lambda item: str(item[0]))
+        if not str(key).endswith(("_token_id", "_token_index"))
+        and key not in ("_name_or_path", "architectures", "chat")
     }
 
 

@@ -9,10 +9,11 @@ from typing import Any
 import torch
 from torch import nn
 
-from memprof.errors import MemprofError, UsageError
+from memprof.errors import LacksAttention, MemprofError, UsageError
 from memprof.families import Model
 from memprof.models.checkpoint import dtype_of, load_checkpoint
 from memprof.models.faults import CORRECT, runs
+from memprof.models.find import check_model
 
 
 def build_model(
@@ -21,7 +22,7 @@ def build_model(
     device: str,
     dtype: str,
     weights: str = "random",
-    attention: str = "sdpa",
+    attention: str | None = "sdpa",
     seed: int = 0,
 ) -> nn.Module:
     """A model ready to generate.
@@ -31,15 +32,21 @@ def build_model(
         device: ``sim`` (no storage), ``cpu`` or ``cuda``.
         dtype: Name of the dtype of all weights.
         weights: ``random`` (seeded, built straight on the device), ``hub``, or the path of a checkpoint.
-        attention: Attention of the language model; the vision tower runs SDPA.
+        attention: Attention of the language model; the vision tower runs SDPA. None: SDPA where the model has it, else
+            eager.
         seed: Of random weights.
 
     Raises:
-        UsageError: Transformers has not this attention for it.
+        LacksAttention: Transformers has not this attention for it.
         MemprofError: Its configuration cannot be built from.
     """
     with runs(f"{model.title}'s configuration", CORRECT):
-        return _built(model, device, dtype, weights, attention, seed)
+        try:
+            return _built(model, device, dtype, weights, attention or "sdpa", seed)
+        except LacksAttention:
+            if attention is not None:
+                raise
+            return _built(model, device, dtype, weights, "eager", seed)
 
 
 def _built(model: Model, device: str, dtype: str, weights: str, attention: str, seed: int) -> nn.Module:
@@ -67,7 +74,7 @@ def _built(model: Model, device: str, dtype: str, weights: str, attention: str, 
         if not _lacks_attention(error):
             raise
         said = f"transformers has no {attention} attention for {model.title}; use --attention eager"
-        raise UsageError(said) from None
+        raise LacksAttention(said) from None
     _never_stop(module)
     return module
 
@@ -88,7 +95,8 @@ def build_weightless_from(config: Any, *, dtype: str | None = None, attention: s
             else eager.
 
     Raises:
-        UsageError: Transformers has no class that generates for it, or not with this attention.
+        UsageError: It is no configuration, or transformers has no class that generates for it, or not with this
+            attention.
     """
     import copy
 
@@ -96,6 +104,7 @@ def build_weightless_from(config: Any, *, dtype: str | None = None, attention: s
 
     from memprof.models.weightless import build_weightless
 
+    check_model(config)
     config = copy.deepcopy(config)
     named = str(getattr(config, "dtype", None) or "bfloat16").removeprefix("torch.")
     classes: list[Any] = [getattr(transformers, name, None) for name in config.architectures or ()]
@@ -122,7 +131,7 @@ def build_weightless_from(config: Any, *, dtype: str | None = None, attention: s
             if not _lacks_attention(error.__cause__):
                 raise
     if found is None:
-        raise UsageError(f"transformers has no {attention} attention for a {type(config).__name__}; ask for eager")
+        raise LacksAttention(f"transformers has no {attention} attention for a {type(config).__name__}; ask for eager")
     module: nn.Module = found
     _never_stop(module)
     return module

@@ -9,13 +9,14 @@ from __future__ import annotations
 import dataclasses
 import inspect
 import json
+import os
 import re
 from collections.abc import Callable, Mapping
 from functools import cache
 from pathlib import Path
 from typing import Any
 
-from memprof.errors import UnknownName, WeightsError, did_you_mean
+from memprof.errors import UnknownName, UsageError, WeightsError, did_you_mean
 from memprof.families import FAMILIES, Family, Model
 from memprof.families._towers import check_tower
 from memprof.files import read_json
@@ -62,7 +63,7 @@ def _named(name: str, family: Family, data: Mapping[str, Any]) -> Model:
     return Model(name, family=family, template=(before, behind), max_tiles=family.max_tiles(data["config"]), **facts)
 
 
-def find(name: str, weights: str = "random") -> Model:
+def find(name: str | os.PathLike[str], weights: str = "random") -> Model:
     """The model that ``name`` means, with the configuration of its ``weights``.
 
     Args:
@@ -76,6 +77,7 @@ def find(name: str, weights: str = "random") -> Model:
         UnknownName: Nothing is called so.
         WeightsError: No checkpoint there, one of another family, or of a variant memprof does not run.
     """
+    name = os.fspath(name)
     model = named().get(name.lower()) or _of_hub(name) or _at(name)
     if weights in ("random", SHIPPED):
         return model
@@ -112,6 +114,15 @@ def of_config(raw: Mapping[str, Any]) -> Model:
         return dataclasses.replace(like, config=found.config)
     title = called.rstrip("/").rpartition("/")[2]
     return dataclasses.replace(found, name=called or found.name, title=title or found.title)
+
+
+def check_model(given: Any) -> None:
+    """Raise UsageError for what has no transformers configuration, and is none."""
+    if not plain_config(given):
+        raise UsageError(
+            f"a {type(given).__name__} says nothing of a model; give a name, a folder, a config.json, a transformers "
+            "configuration, or a model of transformers"
+        )
 
 
 def plain_config(given: Any) -> dict[str, Any]:
@@ -203,6 +214,7 @@ def _checked(what: str, read: Callable[[], Model]) -> Model:
 def _of_raw(raw: Mapping[str, Any], where: Path | None, like: Model | None, hub: str | None) -> Model:
     """The model of a configuration; ``where`` are the files beside it, if there are any."""
     _check_sizes(raw)
+    raw = _decoded(raw)
     family = _family(raw, like)
     raw = {**raw, **family.of_processor({} if where is None else _processor(_file(where)))}
     config = _config(family, raw, where)
@@ -229,6 +241,13 @@ def _check_sizes(raw: Mapping[str, Any]) -> None:
             for size in value if isinstance(value, list) else [value]:
                 if type(size) is not int or not 0 < size <= _MOST[key]:
                     raise ValueError(f"{key} is {str(size)[:40]}, and not a whole number from 1 to {_MOST[key]}")
+
+
+def _decoded(value: Any) -> Any:
+    """A configuration with its infinities, which transformers writes as ``{"__float__": "Infinity"}``."""
+    if isinstance(value, Mapping):
+        return float(value["__float__"]) if set(value) == {"__float__"} else {k: _decoded(v) for k, v in value.items()}
+    return [_decoded(one) for one in value] if isinstance(value, list) else value
 
 
 def _strict() -> type[Exception]:
@@ -322,13 +341,18 @@ def _same(found: Model, like: Model) -> bool:
 
 
 def _tied(family: Family, raw: Mapping[str, Any], config: Any, where: Path | None) -> bool:
-    """Whether the output embedding is the input embedding; some say so and store both."""
-    text = raw.get("text_config") or raw.get("llm_config") or {}
-    if not text.get("tie_word_embeddings", raw.get("tie_word_embeddings", False)):
-        return False
-    there = where is not None and any(folder_of(where).glob("*.safetensors"))
-    stored = stored_tensors(where) if where is not None and there else {}
-    targets = (piece.target for name in stored for piece in family.pieces(name, config))
+    """Whether the output embedding is the input embedding.
+
+    Transformers goes by the model's own entry, else by its class's default. Files of before transformers 5, and other
+    layouts, say it of the language model only. Weights beside the file know best: some files say so and store both.
+    """
+    own, text = config.model_type == raw.get("model_type"), raw.get("text_config") or raw.get("llm_config") or {}
+    entries = [part.get("tie_word_embeddings") for part in ((raw, text) if own else (text, raw))]
+    default = own and getattr(config, "tie_word_embeddings", None) is True
+    said = [entry for entry in (*entries, default) if entry is not None]
+    if where is None or not any(said) or not any(folder_of(where).glob("*.safetensors")):
+        return bool(said[0])
+    targets = (piece.target for name in stored_tensors(where) for piece in family.pieces(name, config))
     return all(target != "lm_head.weight" for target in targets)
 
 

@@ -225,6 +225,12 @@ class Surgery:
         past = cache.get_seq_length()
         self._mind_windows(cache, past, past + hidden.shape[1])
         if past:
+            if hidden.shape[1] > 1 and self.stages[0].layer == 0 and not self.pruner.mask_only:
+                # generate() hands on as many ids of the prompt as the first layer has forgotten, as if they were new.
+                raise UsageError(
+                    f"{method_spec(self.pruner)} cuts before every layer, and a cache cut there cannot be gone on "
+                    "with; give the whole prompt, without past_key_values, or cut behind a layer, as topv does"
+                )
             self._scene.prefill, self._past, self._inputs = False, past, {}
             return None
         self._reset()
@@ -580,4 +586,4 @@ def _widest(layer: nn.Module) -> int:
 
 def _attention_of(layer: nn.Module) -> str:
     """The attention implementation a decoder layer runs."""
-    return str(attention_in(layer).config._attn_implementation)
+    return str(getattr(getattr(attention_in(layer), "config", None), "_attn_implementation", None))
