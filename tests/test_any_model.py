@@ -19,7 +19,7 @@ from typed import call
 
 import memprof
 from memprof import Profiler
-from memprof.errors import MemprofError, UsageError
+from memprof.errors import LacksAttention, MemprofError, UsageError, WeightsError
 from memprof.meters import meter_for
 from memprof.meters.cpu import CpuMeter
 from memprof.profiler import storages
@@ -533,6 +533,51 @@ def test_attention_that_a_model_has_not_is_told() -> None:
     said = "no sdpa attention for a MambaConfig; ask for eager"
     with pytest.raises(UsageError, match=said), memprof.weightless(config, attention="sdpa"):
         pass
+
+
+SMALL = {"vocab_size": 300, "hidden_size": 32}
+#: What transformers has no SDPA for, or writes its configuration in a way of its own.
+ODD: dict[str, Callable[[], Any]] = {
+    "no SDPA": lambda: CASES["mamba"].build().config,
+    "attention without a configuration": lambda: t.BloomConfig(n_layer=2, n_head=4, **SMALL),
+    "keys that are numbers": lambda: t.MptConfig(d_model=32, n_layers=2, n_heads=4, vocab_size=300),
+    "an infinity": lambda: t.Mamba2Config(
+        num_hidden_layers=2, state_size=8, num_heads=8, head_dim=8, n_groups=2, expand=2, **SMALL
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", ODD)
+def test_attention_is_what_the_model_has_where_none_is_asked_for(
+    case: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MEMPROF_CACHE", str(tmp_path / "cache"))
+    config = ODD[case]()
+    config.save_pretrained(tmp_path / "model")
+    found = [memprof.predict(config, text_tokens=6, new_tokens=2)]
+    found += [memprof.predict(of, text_tokens=6, new_tokens=2) for of in (tmp_path / "model", str(tmp_path / "model"))]
+    assert {run.record.spec.attention for run in found} == {"eager"}
+    assert len({run.peak for run in found}) == 1
+    with memprof.weightless(tmp_path / "model") as model:
+        assert model.config._attn_implementation == "eager"
+    with pytest.raises(LacksAttention, match="no sdpa attention"):
+        memprof.predict(config, text_tokens=6, new_tokens=2, attention="sdpa")
+
+
+def test_what_sees_is_no_language_model() -> None:
+    """Transformers has a class for Mllama's decoder alone, too; its tower would be left out without a word."""
+    text = {**SMALL, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 64, "pad_token_id": 0}
+    config = t.MllamaConfig(text_config=text, vision_config={"hidden_size": 16})
+    for images in ((), ((64, 64),)):
+        with pytest.raises(WeightsError, match=r"a mllama is more than its language model.*predict\(config, inputs\)"):
+            memprof.predict(config, images=images, text_tokens=6, new_tokens=1)
+
+
+@pytest.mark.parametrize("nothing", [None, {"model_type": "llama"}, 5])
+def test_what_is_no_model_is_told(nothing: Any) -> None:
+    for inputs in (None, {"input_ids": ids()}):
+        with pytest.raises(UsageError, match=f"a {type(nothing).__name__} says nothing of a model"):
+            memprof.predict(nothing, inputs, new_tokens=1)
 
 
 # -- as `memprof run --model FILE` -------------------------------------------------------------------------------------

@@ -126,3 +126,15 @@ def test_its_pixels_are_that_processors(said: dict[str, Any], tmp_path: Path) ->
 def test_another_way_to_resize_is_refused(said: dict[str, Any], tmp_path: Path) -> None:
     with pytest.raises(WeightsError, match=next(iter(said))):
         saved(tmp_path, said)
+
+
+@pytest.mark.parametrize("pictures", [1, 2, 3, 6])
+def test_pictures_of_one_view_each_are_found_in_ids(pictures: int) -> None:
+    model = MODELS[0]
+    family, token = model.family, model.family.image_token(model)
+    view = family.side(model) ** 2
+    ids = [5] + [each for _ in range(pictures) for each in [7, *[token] * view, 8]]
+    found = family.images_of(model, ids, {})
+    assert sum(image.tiles for image in found) == pictures
+    assert sum(image.tokens for image in found) == pictures * view
+    assert sum(image.marks for image in found) == 2 * (pictures - 1)

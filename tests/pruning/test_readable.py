@@ -118,6 +118,27 @@ def test_one_model_is_pruned_once_at_a_time() -> None:
     assert outer.kept() is not None
 
 
+@pytest.mark.parametrize("layer", [0, 2])
+def test_a_cache_that_was_cut_is_gone_on_with_where_its_first_layer_is_whole(layer: int) -> None:
+    model, given = built("llama"), inputs()
+    more = torch.tensor([[11, 12, 13, 14]])
+    with memprof.prune(model, f"random:keep=0.4,layer={layer},positions=original", given):
+        out = model.generate(**given, max_new_tokens=3, do_sample=False, return_dict_in_generate=True)
+        cache, ids = out.past_key_values, torch.cat([out.sequences, more], 1)
+        before = [one.get_seq_length() for one in cache.layers]
+
+        def go_on() -> None:
+            model.generate(ids, attention_mask=torch.ones_like(ids), past_key_values=cache, max_new_tokens=2)
+
+        if layer == 0:
+            with pytest.raises(UsageError, match="cuts before every layer, and a cache cut there cannot be gone on"):
+                go_on()
+            return
+        go_on()
+    # The answer's last token, the four new ones, and the first of the second answer.
+    assert [one.get_seq_length() - was for one, was in zip(cache.layers, before, strict=True)] == [6] * len(before)
+
+
 def test_what_does_not_grow_or_is_padded_is_refused() -> None:
     model, given = built("llama"), inputs()
     with memprof.prune(model, "random:keep=0.4", given), pytest.raises(UsageError, match="cache that grows"):
