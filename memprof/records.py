@@ -274,6 +274,12 @@ class SampleRecord(Peaks):
         for part, held in self.token_parts.items():
             if len(held) != len(self.tokens):
                 raise ValueError(f"token_parts.{part} has {len(held)} entries for {len(self.tokens)} tokens")
+        for name in ("width", "height", "tiles", "visual_tokens", "text_tokens", "peak_token", "vision_peak_bytes"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name} is {getattr(self, name)}, and below 0")
+        for name in ("kept_visual_tokens", "kv_tokens_planned", "kv_tokens_found", "kv_bytes_per_layer"):
+            if min(getattr(self, name), default=0) < 0:
+                raise ValueError(f"{name} holds a number below 0")
         if self.score is not None and not 0 <= self.score <= 1:
             raise ValueError(f"the score is {self.score}, and not between 0 and 1")
         if not all(map(math.isfinite, (self.fidelity or {}).values())):

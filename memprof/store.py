@@ -95,7 +95,8 @@ class RunFolder:
             kept = there.finished if retry_failed else there.samples
             return cls(path, there.record, kept, found, fewer=len(kept) < len(there.samples) or bool(there.healed))
         if not (path / RUN_FILE).exists() and _taken(path):
-            raise UsageError(f"{path} is not empty and holds no run; use another folder")
+            what = "is not empty and holds no run" if path.is_dir() else "is no folder"
+            raise UsageError(f"{path} {what}; use another folder")
         return cls(path, record, [], found, new=True)
 
     def __enter__(self) -> RunFolder:

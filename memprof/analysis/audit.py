@@ -225,7 +225,9 @@ def audit_run(run: Run) -> Report:
 
 
 def _recorded(sample: SampleRecord, pruner: Pruner, model: Model, spec: RunSpec) -> Evidence:
-    layers = len(sample.kv_tokens_found)
+    layers, held = len(sample.kv_tokens_found), len(sample.kv_bytes_per_layer)
+    if not layers or held != layers:
+        raise DataError(f"sample {sample.id} is recorded with KV lengths of {layers} layers and KV bytes of {held}")
     each = _bytes_a_token(model, spec.dtype) * (sample.shape.batch if sample.shape is not None else 1)
     maps = _maps_at_peak(sample.peak_holders, allowed=_hold(pruner))
     return Evidence(

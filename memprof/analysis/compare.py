@@ -16,7 +16,7 @@ from typing import Any
 from memprof import files
 from memprof.analysis.published import BUDGET, definitions
 from memprof.bench import Bench
-from memprof.errors import MemprofError
+from memprof.errors import MemprofError, UsageError
 from memprof.families import Model
 from memprof.intervals import bootstrap, intervals
 from memprof.pruning import METHODS, build_pruner
@@ -49,12 +49,15 @@ def method_specs(methods: Sequence[str], keeps: Sequence[float]) -> list[str]:
     """Baseline, then each of ``methods`` at each of ``keeps``; ``all`` stands for every method that has a budget.
 
     Raises:
+        UsageError: None that prunes.
         UnknownName: No such method.
         BadValue: A method has no budget, or a budget is outside 0 to 1.
     """
     with_budget = [name for name, cls in METHODS if "keep" in {f.name for f in dataclasses.fields(cls)}]
     wanted = list(dict.fromkeys(one for name in methods for one in (with_budget if name == "all" else [name])))
     pruning = [name for name in wanted if name != facts.BASELINE]
+    if not pruning:
+        raise UsageError("Baseline is always compared; name a method that prunes beside it, as --methods topv")
     specs = [f"{name}{',' if ':' in name else ':'}keep={keep:g}" for name in pruning for keep in keeps]
     for spec in specs:
         build_pruner(spec)
@@ -236,9 +239,10 @@ def told(study: dict[str, Any], unit: str) -> str:
     origin = study["provenance"]
     total = "Reserved: static, dynamic and cached; total: with the CUDA context, as nvidia-smi shows it. "
     shown = any(row["device_bytes"] for row in study["rows"])
+    count = f"{origin['samples']} sample{'s' * (str(origin['samples']) != '1')}"
     lines = [
         f"## {study['title']}\n",
-        f"{origin.get('where') or origin['status']}, {origin['data']}, {origin['samples']} samples, "
+        f"{origin.get('where') or origin['status']}, {origin['data']}, {count}, "
         f"stack {origin['stack']}, {origin['dtype']}. "
         f"{total if shown else ''}KV held: of the fullest sample, after prefill. KV as published: the budget of visual "
         "tokens in all layers, without text.\n",

@@ -10,12 +10,15 @@ import typer
 
 from memprof.cli import _options as opt
 
+#: What a method is tried on where no model is named.
+MODEL = "internvl2-2b"
+
 
 def audit(
     run: Annotated[
         Path | None, typer.Argument(help=opt.RUN_HELP, show_default=False)
     ] = None,
-    model: opt.Model = "internvl2-2b",
+    model: opt.Model = MODEL,
     method: opt.Methods = [],  # noqa: B006 - typer copies it
     device: Annotated[str, typer.Option("--device", help="sim, cpu or cuda: where a method is tried.")] = "sim",
     stack: opt.StackName = "current",
@@ -50,6 +53,11 @@ def audit(
     if (run is None) == (not method):
         raise UsageError("give a run folder to audit, or --method to try one (and --model), and not both")
     if run is not None:
+        usual = {
+            "model": (model, MODEL), "device": (device, "sim"), "stack": (stack, "current"), "dtype": (dtype, None),
+        }  # fmt: skip
+        if beside := [f"--{name}" for name, (given, default) in usual.items() if given != default]:
+            raise UsageError(f"{', '.join(beside)} {'goes' if len(beside) == 1 else 'go'} with --method; a run says it")
         reports = [audit_run(one) for one in find([run])]
     else:
         reports = [audit_method(model, one, device, stack) for one in method]

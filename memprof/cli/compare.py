@@ -81,7 +81,8 @@ def compare(
     unit = unit_for(max(row["dynamic_peak_bytes"] for row in document["rows"]), unit)
     text = study.told(document, unit)
     files = study.write(document, text, folder)
-    files += list(figures.draw_data([study.figure(document)], folder, width="double", unit=unit))
+    if len(document["rows"]) > 1:  # beside Baseline there may be none that the model can run
+        files += list(figures.draw_data([study.figure(document)], folder, width="double", unit=unit))
     if json:
         import json as encoder
 

@@ -267,7 +267,10 @@ def _show(found: Difference, unit: str) -> None:
         name = curve.name.removesuffix("_bytes").replace("_", " ")
         row(Delta(name, curve.a, curve.b), f"{name}, token {curve.token}")
     console.print(table)
-    console.print("Modules: among each run's largest tensors then. Tokens: where each curve differs most.")
+    console.print(
+        "Modules: among each run's largest tensors then. Tokens: where each curve differs most; above static, but for "
+        "the KV cache."
+    )
     if found.mean_change is not None and found.common > 1:
         console.print(
             f"Over {found.common} samples in both, B's dynamic peak is lower in {found.lower}; "

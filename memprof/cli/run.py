@@ -101,6 +101,8 @@ def run(
         gpu = find_card(gpu).name
     if retry_failed and not resume:
         raise UsageError("--retry-failed goes with --resume")
+    if resume and output is None:
+        raise UsageError("--resume finishes the run in a folder, which -o names (memprof runs lists them)")
     if shard is None:
         shard = _inferred_shard()
     elif shard == "1/1":
@@ -143,11 +145,12 @@ def run(
     refused = sum(s.status == "oom" for s in failed)
     count = f"{refused} sample{'s' * (refused != 1)}"
     if refused and runs[0].record.status == "predicted":
-        for line in filter(None, map(_what_it_needs, runs) if not quiet and not json else ()):
-            typer.echo(line, err=True)
+        for line in [_what_it_needs(one, unit or "GiB") for one in runs] if not quiet and not json else ():
+            if line is not None:
+                typer.echo(line, err=True)
         raise DoesNotFit(f"{count} predicted not to fit on {gpu}; {SAMPLES_FILE} says where")
     if gpu is not None and not failed and not quiet and not json:
-        _say_room(runs, gpu)
+        _say_room(runs, gpu, unit or "GiB")
     if refused:
         if any(not one.finished and any(s.status == "oom" for s in one.samples) for one in runs):
             raise OutOfMemory(f"{count} ran out of memory; {SAMPLES_FILE} says where")
@@ -187,7 +190,7 @@ def _without_folder(words: list[str]) -> list[str]:
     return kept
 
 
-def _what_it_needs(run: Run) -> str | None:
+def _what_it_needs(run: Run, unit: str) -> str | None:
     """What the largest sample that a card refused would need, and who holds it; None where none was refused."""
     from memprof.analysis.fit import need_of
     from memprof.telling import facts
@@ -199,12 +202,12 @@ def _what_it_needs(run: Run) -> str | None:
     largest = max(refused, key=lambda s: s.shape.length if s.shape else 0)
     need = need_of(run, largest)
     return (
-        f"{facts.labels([run])[0]} needs {format_bytes(need.device_bytes)} for sample {largest.id}, most above the "
-        f"weights held by {need.held_by}"
+        f"{facts.labels([run])[0]} needs {format_bytes(need.device_bytes, unit)} for sample {largest.id}, most above "
+        f"the weights held by {need.held_by}"
     )
 
 
-def _say_room(runs: list[Run], gpu: str) -> None:
+def _say_room(runs: list[Run], gpu: str, unit: str) -> None:
     """That everything fits, and how much is to spare."""
     from memprof.gpus import find_card
     from memprof.records import summarize
@@ -212,8 +215,8 @@ def _say_room(runs: list[Run], gpu: str) -> None:
 
     memory, most = find_card(gpu).memory_bytes, max(summarize(one)["device_bytes"] or 0 for one in runs)
     if memory is not None and most:
-        spare = format_bytes(max(0, memory - most), digits=1)
-        typer.echo(f"fits on {gpu}, predicted: {format_bytes(most, digits=1)} needed, {spare} to spare", err=True)
+        needed, spare = (format_bytes(n_bytes, unit, 1) for n_bytes in (most, max(0, memory - most)))
+        typer.echo(f"fits on {gpu}, predicted: {needed} needed, {spare} to spare", err=True)
 
 
 def _inferred_shard() -> str | None:

@@ -76,7 +76,7 @@ def _told(records: list[RunRecord]) -> dict[str, Any]:
         "model": shared([model_label(r.spec.model) for r in records]),
         "methods": [r.spec.method for r in records],
         "data": shared([facts.data_text(r) for r in records]),
-        "status": shared([r.status if r.complete else f"{r.status}, unfinished" for r in records]),
+        "status": shared([*(r.status for r in records), *("unfinished" for r in records if not r.complete)]),
         "peak_allocated_bytes": max((peak for peak in peaks if peak), default=None),
     }
 

@@ -273,6 +273,8 @@ def _print(question: Question, rows: Sequence[Trial], document: dict[str, Any], 
     console.print(_table(console, question, answer.front_of(question, rows), unit))
     if any(row.result and row.result.device_bytes for row in rows):
         console.print("total: peak, cached and the CUDA context, as nvidia-smi shows it", style="dim")
+    if not question.quality:
+        console.print("pruned: share of visual tokens that are not held, mean over all layers", style="dim")
     for method, best in answer.best_by_method(question, rows).items():
         if best is None or best.result is None:
             console.print(f"{method}: nothing fits")
@@ -287,6 +289,6 @@ def _print(question: Question, rows: Sequence[Trial], document: dict[str, Any], 
     if document["sensitivity"]["fields"]:
         console.print(f"({answer.SENSITIVITY})", style="dim")
     if document["preset"]:
-        console.print(f"{len(rows)} trials; memprof run --preset {document['preset']}")
+        console.print(f"{len(rows)} trial{'s' * (len(rows) != 1)}; memprof run --preset {document['preset']}")
     for path in document["figures"]:
         console.print(path)

@@ -12,7 +12,7 @@ from memprof.records import PARTS, Run, SampleRecord, quality, summarize
 from memprof.telling import facts
 from memprof.telling.holders import leading_part, words_for
 from memprof.telling.palette import PART_LABELS
-from memprof.units import GIB, format_bytes, in_unit, unit_for
+from memprof.units import DISPLAY_UNITS, GIB, format_bytes, in_unit, unit_for
 
 MISSING = "-"
 DIGITS = {"GiB": 3, "GB": 3, "MiB": 1, "MB": 1, "KiB": 1}
@@ -131,7 +131,7 @@ def _sheet(group: list[Run], unit: str) -> Sheet:
         callers=_callers(group, unit),
         quality_head=QUALITY_HEAD,
         quality=[_quality(name, run, *loss) for name, run, loss in zip(names, group, losses, strict=True)] * known,
-        remarks=_remarks(group, names),
+        remarks=_remarks(group, names, unit),
         origin=" · ".join([*origin["methods"], *phrases[3 + many :]]),
         legend=_legend(group),
         runs=group,
@@ -156,7 +156,8 @@ def _legend(group: Sequence[Run]) -> list[str]:
         context = {int(c) for run in group if (c := run.record.environment.get("gpu_context_bytes")) is not None}
         assumed = f" of {min(context) / 2**20:.0f} MiB" if len(context) == 1 and not measured else ""
         return [*_LEGEND, f"total: with the CUDA context{assumed}, as nvidia-smi shows it"]
-    return [*_LEGEND, "total: not known, as no driver was asked"]
+    why = "no driver was asked" if any(run.finished for run in group) else "no sample finished"
+    return [*_LEGEND, f"total: not known, as {why}"]
 
 
 #: What is told of each line of a program that called ``generate()``.
@@ -223,7 +224,7 @@ def spread(interval: Interval | None, scale: float, digits: int) -> str:
     return f"{mean} [{low}, {high}]"
 
 
-def _above(name: str, run: Run, group: Sequence[Run]) -> str | None:
+def _above(name: str, run: Run, group: Sequence[Run], unit: str) -> str | None:
     """Why a run needs more than Baseline, where it does: the part that grew most, and what it is."""
     saved, top = facts.saving(run, group), run.highest
     base = next((one.highest for one in group if facts.method_of(one) == facts.BASELINE), None)
@@ -231,7 +232,9 @@ def _above(name: str, run: Run, group: Sequence[Run]) -> str | None:
         return None
     grown = {part: top.peak_parts.get(part, 0) - base.peak_parts.get(part, 0) for part in PARTS}
     part = max(PARTS, key=lambda one: grown[one])
-    more = format_bytes(grown[part], unit_for(grown[part]), 2)
+    if grown[part] < DISPLAY_UNITS[unit] / 10:  # in the table's unit, or in a smaller one of its kind
+        unit = {"GB": "MB", "MB": "MB"}.get(unit) or unit_for(grown[part])
+    more = format_bytes(grown[part], unit, 2)
     return f"{name} is above Baseline: at its peak, {words_for(part, top.peak_holders)}: {more} more than Baseline's"
 
 
@@ -241,23 +244,22 @@ def _counts(group: Sequence[Run], names: Sequence[str]) -> str:
     return ", ".join(f"{name} {of - done} of {of}" for name, of, done in lost if done < of)
 
 
-def _remarks(group: Sequence[Run], names: Sequence[str]) -> list[str]:
+def _remarks(group: Sequence[Run], names: Sequence[str], unit: str) -> list[str]:
     """What is not whole, failed samples with the methods that they failed under, what savings are over, and notes."""
     failed: dict[str, list[str]] = {}
     for name, run in zip(names, group, strict=True):
         for sample in run.samples:
             if not sample.ok:
-                reason = plain(sample.error or "no reason recorded")
+                reason = plain(sample.error or "no reason recorded", 500)
                 failed.setdefault(f"sample {plain(sample.id, 60)} {sample.status}: {reason}", []).append(name)
     notes = dict.fromkeys(plain(note) for run in group for note in run.record.notes)
-    losses = [f"{text} ({', '.join(under)})" for text, under in failed.items()]
-    if failed:
-        losses.append(f"≥: of the samples that finished, and no peak of all; failed: {_counts(group, names)}")
+    losses = [f"≥: of the samples that finished, and no peak of all; failed: {_counts(group, names)}"] * bool(failed)
     if len(group) > 1 and all(facts.method_of(run) != facts.BASELINE for run in group):
         losses.append("saved: no Baseline among these runs; add --method baseline")
-    losses += [line for name, run in zip(names, group, strict=True) if (line := _above(name, run, group))]
+    losses += [line for name, run in zip(names, group, strict=True) if (line := _above(name, run, group, unit))]
     savings = [f"{text}; other columns: over all that each finished" for text in facts.comparisons(group)]
-    return [*_folders(group, names), *map(plain, facts.unfinished(group)), *losses, *savings, *notes]
+    each = [f"{text} ({', '.join(under)})" for text, under in failed.items()]
+    return [*_folders(group, names), *map(plain, facts.unfinished(group)), *losses, *savings, *notes, *each]
 
 
 def _folders(group: Sequence[Run], names: Sequence[str]) -> list[str]:

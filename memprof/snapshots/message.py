@@ -293,7 +293,7 @@ def _neighbours(message: Message, unit: str | None) -> list[Hint]:
 
 def _less(message: Message, unit: str | None) -> Hint:
     """By how much memory is short, and what card would have it."""
-    if message.free is None or message.capacity is None:
+    if message.free is None or not message.capacity:
         return Hint("hold less", True, "the message does not say how much was free")
     missing = message.asked - message.free
     if missing <= 0:

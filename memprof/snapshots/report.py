@@ -143,6 +143,8 @@ def study(
     if not recordings:
         raise DataError(f"{path}: the snapshot holds no events; call torch.cuda.memory._record_memory_history() first")
     recording = chosen(recordings, device)
+    if not all(text.strip() for text in what_ifs):
+        raise BadValue("an empty --what-if changes nothing; write for example expandable_segments=True")
     asked = [recording.settings.updated(text) for text in what_ifs]
     devices = tuple(_device(each) for each in recordings)
     notes = list(recording.notes)

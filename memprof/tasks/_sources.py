@@ -292,7 +292,8 @@ def read_jsonl(path: Path, limit: int | None) -> Sequence[Row]:
             try:
                 values = json.loads(line)
             except (ValueError, RecursionError) as error:
-                raise DataError(f"{where}: not JSON: {error}") from None
+                why = f"{error.msg}, character {error.pos + 1}" if isinstance(error, json.JSONDecodeError) else error
+                raise DataError(f"{where}: not JSON: {why}") from None
             if not isinstance(values, dict) or not (named := _paths(values.get(_IMAGE))):
                 raise DataError(f"{where}: not an object with an 'image' that is a path, or a list of paths")
             sample_id = str(values.get("id", f"{len(rows):05d}"))

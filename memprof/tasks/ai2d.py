@@ -77,5 +77,8 @@ def _options(row: Mapping[str, Any]) -> list[str]:
     """The options of a row in the hub's layout or VLMEvalKit's."""
     given = row["options"] if "options" in row else [row[letter] for letter in _letters() if row.get(letter)]
     if not isinstance(given, list) or not 2 <= len(given) <= len(_letters()):
-        raise ValueError("no options: a list 'options', or columns A, B, ..., with at least two")
+        raise ValueError(
+            "no options: a list 'options', or columns A, B, ..., with at least two (questions that are answered freely "
+            "go with --task folder)"
+        )
     return [str(option) for option in given]

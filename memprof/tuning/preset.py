@@ -44,6 +44,8 @@ def read_preset(path: Path) -> dict[str, Any]:
         raise DataError(f"cannot read preset {path}: it is not there") from None
     except (tomllib.TOMLDecodeError, RecursionError) as error:
         raise DataError(f"cannot read preset {path}: {error}") from None
+    if type(schema := data.get("schema", SCHEMA)) is not int or schema > SCHEMA:
+        raise DataError(f"preset {path} was written by a later memprof (schema {str(schema)[:40]}; this one: {SCHEMA})")
     data = data.get("preset", data)
     if not isinstance(data, dict):
         raise DataError(f'{path} holds no preset; write for example {{"method": "topv:keep=0.4"}}')
