@@ -206,6 +206,8 @@ BROKEN = {
     "NaN seconds": {"tokens": {"peak_allocated_bytes": [1], "seconds": [float("nan")]}},
     "endless seconds": {"tokens": {"peak_allocated_bytes": [1], "seconds": [float("inf")]}},
     "bytes below 0": {"tokens": {"peak_allocated_bytes": [-1]}},
+    "a height below 0": {"height": -1},
+    "a layer's bytes below 0": {"kv_bytes_per_layer": [4, -4]},
     "bytes beyond 64 bits": {"dynamic_peak_bytes": 10**30},
     "ragged columns": {"tokens": {"peak_allocated_bytes": [1, 2], "kv_bytes": [1]}},
     "ragged parts": {"token_parts": {"mlp": [1, 2, 3]}},

@@ -56,6 +56,26 @@ def test_a_cache_that_holds_more_than_it_needs_is_caught_in_a_record(
     assert "view: the KV of layer 5 keeps" in out
 
 
+@pytest.mark.parametrize("key", ["kv_bytes_per_layer", "kv_tokens_found"])
+def test_lengths_that_are_not_recorded_are_told(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], key: str
+) -> None:
+    (tmp_path / "run.json").write_text((folder / "topv" / "run.json").read_text())
+    sample = json.loads((folder / "topv" / "samples.jsonl").read_text())
+    (tmp_path / "samples.jsonl").write_text(json.dumps({**sample, key: []}) + "\n")
+    code, out, err = call(capsys, "audit", str(tmp_path))
+    assert (code, out, err.count("\n")) == (1, "", 1)
+    assert f"sample {sample['id']} is recorded with KV lengths of" in err
+
+
+@pytest.mark.parametrize("words", [("--stack", "paper"), ("--dtype", "float32"), ("--device", "cpu")])
+def test_what_a_run_says_is_not_asked_for(
+    folder: Path, capsys: pytest.CaptureFixture[str], words: tuple[str, str]
+) -> None:
+    expected = f"memprof: {words[0]} goes with --method; a run says it\n"
+    assert call(capsys, "audit", str(folder / "topv"), *words) == (2, "", expected)
+
+
 def test_a_method_is_tried(capsys: pytest.CaptureFixture[str]) -> None:
     code, out, _ = call(capsys, "audit", "--method", "uniform:keep=0.25")
     assert code == 0

@@ -30,8 +30,12 @@ def test_compare_writes_runs_table_and_figure(tmp_path: Path, capsys: pytest.Cap
 
 
 @pytest.mark.parametrize(
-    "words", [("--keep", "a"), ("--keep", "0"), ("--keep", "0.5,2"), ("--methods", "nothing"), ("--unit", "parsec")]
-)
+    "words",
+    [
+        ("--keep", "a"), ("--keep", "0"), ("--keep", "0.5,2"), ("--methods", "nothing"), ("--unit", "parsec"),
+        ("--methods", "baseline"),
+    ],
+)  # fmt: skip
 def test_compare_refuses_what_it_cannot_do(words: tuple[str, str], capsys: pytest.CaptureFixture[str]) -> None:
     assert run("compare", "--model", "proving", *words) == 2
     assert capsys.readouterr().err.startswith("memprof: ")

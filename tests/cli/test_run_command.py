@@ -97,6 +97,22 @@ def test_what_cannot_be_built_leaves_no_folder(
     assert not Path("r").exists()
 
 
+def test_a_run_is_finished_where_it_is(capsys: pytest.CaptureFixture[str], words: list[str]) -> None:
+    expected = "memprof: --resume finishes the run in a folder, which -o names (memprof runs lists them)\n"
+    assert call(capsys, *words, "--resume") == (2, "", expected)
+
+
+@pytest.mark.parametrize("unit", ["MB", "GiB"])
+def test_room_is_told_in_the_unit_of_the_table(
+    capsys: pytest.CaptureFixture[str], words: list[str], unit: str
+) -> None:
+    loud = [word for word in words if word != "-q"]
+    code, _, err = call(capsys, *loud, "--gpu", "8GiB", "--unit", unit, "-o", "r")
+    (line,) = [line for line in err.splitlines() if line.startswith("fits on 8GiB")]
+    assert code == 0
+    assert line.count(f" {unit} ") == 2
+
+
 @pytest.mark.parametrize(("tokens", "count"), [((20,), "1 sample"), ((20, 30), "2 samples")])
 def test_what_a_card_would_refuse_is_counted(
     capsys: pytest.CaptureFixture[str], words: list[str], monkeypatch: pytest.MonkeyPatch, tokens: Any, count: str

@@ -205,6 +205,7 @@ def test_presets_in_both_spellings(tmp_path: Path) -> None:
     for name, text, says in (
         ("c.json", '{"metod": "topv"}', "metod"),
         ("d.json", "[1]", "no preset"),
+        ("later.json", '{"schema": 99, "preset": {}}', "later memprof"),
         ("e.toml", "= 3", "cannot read"),
         ("f.json", '{"method": {"a": 1}}', "number or a text"),
     ):

@@ -1,5 +1,6 @@
 """Reports: the numbers are the records', text of data sets does no harm, and every format stands on its own."""
 
+import copy
 import csv
 import io
 import json
@@ -356,6 +357,29 @@ def test_a_table_whose_samples_failed_says_that_no_peak_of_all_is_known(runs):
     text = reports.render("table", runs[:1], width=120)
     assert f"≥ {summarize(runs[0])['dynamic_peak_bytes'] / 2**30:.3f}" in text
     assert "failed: Baseline 1 of" in text
+
+
+def test_what_a_sign_means_is_told_however_many_failed(runs):
+    many = copy.deepcopy(runs[0])
+    for number, sample in enumerate(many.samples[:-1]):
+        sample.status, sample.error = "failed", f"reason {number}"
+    text = reports.render("table", [many], width=200)
+    assert "≥: of the samples that finished" in text
+    failed = len(many.samples) - 1
+    told = text.count("reason ")
+    assert (f"and {failed - told} more" in text) == (told < failed)
+
+
+@pytest.mark.parametrize("unit", ["GiB", "GB", "MiB", "MB", "KiB"])
+def test_no_other_kind_of_unit_stands_in_a_table(runs, unit):
+    high = copy.deepcopy(runs[:2])
+    for sample in high[1].samples:
+        sample.peak_parts["attention"] = sample.peak_parts.get("attention", 0) + 2**31
+        sample.dynamic_peak_bytes += 2**31
+    text = reports.render("table", high, unit, width=200)
+    assert "above Baseline: at its peak" in text
+    other = {"GiB", "MiB", "KiB"} if unit in ("GB", "MB") else {"GB", "MB"}
+    assert not other & set(re.findall(r"[GMK]i?B", text.replace("CUDA context of 500 MiB", "")))
 
 
 def test_without_a_baseline_the_table_says_what_to_add(runs):

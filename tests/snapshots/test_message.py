@@ -107,6 +107,11 @@ def test_a_limit_of_ones_own_and_a_driver_that_refuses_what_is_free():
     assert any("system memory" in remedy for remedy in pointed(spilled))
 
 
+def test_a_card_without_memory_is_read():
+    found = hints(read([new("1.50 GiB", "0 bytes", "0 bytes", "0 bytes", capacity="0 bytes")]))
+    assert any("hold less" in hint.remedy for hint in found)
+
+
 def test_how_much_less_and_which_card():
     (hint,) = [
         h for h in hints(read([new("5.00 GiB", "1.00 GiB", "22.00 GiB", "0.50 GiB")])) if "hold less" in h.remedy
