@@ -350,11 +350,13 @@ def prune(
     from memprof.pruning.surgery import Surgery
 
     known = of_config(plain_config(model))
-    if "input_ids" not in inputs or len(inputs["input_ids"]) != 1:
-        raise UsageError("pruning works on one prompt at a time, and needs its input_ids: shape (1, tokens)")
-    if inputs.get("attention_mask") is not None and not bool(inputs["attention_mask"].all()):
+    ids: Any = inputs.get("input_ids")
+    mask: Any = inputs.get("attention_mask")
+    if getattr(ids, "ndim", 0) != 2 or len(ids) != 1:
+        raise UsageError("pruning works on one prompt at a time, and needs its input_ids: a tensor, shape (1, tokens)")
+    if mask is not None and not bool(mask.all()):
         raise UsageError("the prompt is padded, and methods would rank by the padding: hand it over without padding")
-    prompt = known.family.given(known, inputs["input_ids"][0].tolist(), inputs, images)
+    prompt = known.family.given(known, ids[0].tolist(), inputs, images)
     assert prompt.places is not None
     return Surgery(model, build_pruner(method, stack), prompt.places, seed)
 

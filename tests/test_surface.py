@@ -441,6 +441,9 @@ def test_prompts_that_cannot_be_pruned_are_refused() -> None:
     two = {name: torch.cat([tensor, tensor]) for name, tensor in inputs.items()}
     with pytest.raises(UsageError, match="one prompt at a time"):
         memprof.prune(model, "topv", two)
+    for wrong in ({"input_ids": inputs["input_ids"].tolist()}, {"input_ids": inputs["input_ids"][0]}, {}):
+        with pytest.raises(UsageError, match="needs its input_ids: a tensor"):
+            memprof.prune(model, "topv", wrong)
     with pytest.raises(UsageError, match="and its images 32"):
         memprof.prune(model, "topv", inputs, images=[(10, 10), (10, 10)])
     with pytest.raises(UsageError, match="a view of"):
