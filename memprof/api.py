@@ -160,7 +160,7 @@ def profile(model: nn.Module) -> Iterator[Profile]:
 
 
 def predict(
-    model: str | os.PathLike[str] | PreTrainedConfig | nn.Module,
+    model: str | PreTrainedConfig | nn.Module,
     inputs: Mapping[str, Any] | None = None,
     *,
     images: Sequence[tuple[int, int]] = (),
@@ -273,9 +273,8 @@ def fits(card: str, model: str, *, context: str | None = None, **asked: Any) -> 
 
 @contextmanager
 def weightless(
-    model: str | os.PathLike[str] | PreTrainedConfig, *, dtype: str | None = None, card: str = "h100",
-    attention: str | None = None,
-) -> Iterator[Any]:  # fmt: skip
+    model: str | PreTrainedConfig, *, dtype: str | None = None, card: str = "h100", attention: str | None = None
+) -> Iterator[Any]:
     """The model with every parameter there and no byte behind it, on which your own ``generate()`` call is predicted.
 
     ::
