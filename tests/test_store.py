@@ -73,7 +73,7 @@ def test_a_folder_is_never_overwritten_unasked(tmp_path: Path) -> None:
     for force in (False, True):
         with pytest.raises(UsageError, match="not empty"):
             RunFolder.open(other, record(), force=force)
-        with pytest.raises(UsageError, match="not empty"):
+        with pytest.raises(UsageError, match="no folder"):
             RunFolder.open(other / "thesis.tex", record(), force=force)
     assert (other / "thesis.tex").exists()
 
