@@ -244,6 +244,21 @@ def test_a_reader_that_goes_away_is_no_failure() -> None:
         assert (done.returncode, done.stderr) == (0, ""), command
 
 
+DRAWN = Path(__file__).parents[1] / "plots" / "internvl2-2b_ai2d_breakdown.json"
+
+
+def test_what_stdout_refuses_is_not_said_of_the_figures_folder(tmp_path: Path) -> None:
+    words = f"{sys.executable} -m memprof plot {DRAWN} -o {tmp_path}"
+    done = subprocess.run(
+        ["bash", "-c", f"set -o pipefail; {words} | head -1"], capture_output=True, text=True, check=False
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+    (tmp_path / "file").touch()
+    refused = memprof("plot", str(DRAWN), "-o", str(tmp_path / "file" / "x"))
+    assert refused.returncode == 1
+    assert refused.stderr.startswith(f"memprof: cannot write to {tmp_path / 'file' / 'x'}: ")
+
+
 @linux
 def test_a_full_stdout_is_one_line() -> None:
     with open("/dev/full", "w") as full:

@@ -93,9 +93,9 @@ def _print(found: Fit, unit: str) -> None:
         f"{card}: {'fits' if found.fits else 'does not fit'}, predicted"
     )
     console.print(
-        f"needs {format_bytes(need.device_bytes, unit)}: {format_bytes(found.static_bytes, unit)} of weights"
-        f"{' and workspaces' if named else ''}, "
-        f"{format_bytes(need.allocated_bytes - found.static_bytes, unit)} above them (most held by {need.held_by}), "
+        f"needs {format_bytes(need.device_bytes, unit)}: {format_bytes(found.static_bytes, unit)} of weights and "
+        f"workspaces, {format_bytes(need.allocated_bytes - found.static_bytes, unit)} above them (most held by "
+        f"{need.held_by}), "
         f"{format_bytes(need.reserved_bytes - need.allocated_bytes, unit)} reserved and unused, "
         f"{format_bytes(found.context_bytes, unit)} of CUDA context (assumed)"
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated
 
@@ -51,7 +52,7 @@ def plot(
     """
     from memprof import figures
     from memprof.cli._runs import find, locate
-    from memprof.errors import DataError, MemprofError, UnknownName
+    from memprof.errors import DataError, UnknownName
 
     for kind in only or ():
         if kind not in figures.KINDS.names():
@@ -66,10 +67,17 @@ def plot(
     if not drawings:
         raise DataError(f"nothing to draw: no {' or '.join(only)}" if only else "nothing to draw: no finished sample")
     chosen = format or ("pdf", "png")
+    for path in _told(out, figures.draw_data(drawings, out, style, width, unit, chosen, caption=caption)):
+        if not quiet:
+            typer.echo(str(path))
+
+
+def _told(out: Path, drawn: Iterator[Path]) -> Iterator[Path]:
+    """The files as they are ``drawn``; that one cannot be written is told with its folder."""
+    from memprof.errors import MemprofError
+
     try:
-        for path in figures.draw_data(drawings, out, style, width, unit, chosen, caption=caption):
-            if not quiet:
-                typer.echo(str(path))
+        yield from drawn
     except OSError as error:
         raise MemprofError(f"cannot write to {out}: {error.strerror or error}") from None
 
