@@ -50,6 +50,8 @@ QUESTIONS, TEXTS = (1, 512), (1, 4096)
 TOKENS, FEW, SHORT = 16, Benches.FEW, 256
 #: Shares of visual tokens beside a method's own: one token, nearly all, between which lie the others; and no cut.
 SHARES, UNCUT = (1e-6, 0.999), 1.0
+#: How often all is asked: where one prompt shows that a program is wrong, those asked before need others in its place.
+AGAIN = 3
 #: Most kinds of images that are told apart, before it is no use.
 KINDS = 4
 
@@ -83,8 +85,7 @@ class Entry:
         shapes = shapes_of(model)
         if any(each.name.startswith("vision") for each in self.ask.around):
             # A tower that takes some tiles at a time takes other steps for each number of them: of the largest only.
-            shortest, longest = questions_of(model)
-            shapes, shares = [most.longer(n) for n in (shortest, longest, (shortest + longest) // 2)], []
+            shapes, shares = [most.longer(n) for n in questions_of(model)], []
         kept = [dataclasses.replace(pruner, keep=share) for share in shares]  # type: ignore[call-arg]
         for one in (pruner, *kept):
             yield [dataclasses.replace(self.ask, pruner=one, new_tokens=tokens).about(shape) for shape in shapes]
@@ -109,9 +110,12 @@ def entries_of(model: Model) -> dict[str, Entry]:
     return found
 
 
-def questions_of(model: Model) -> tuple[int, int]:
-    """Tokens of the shortest and of the longest question that a model is asked here."""
-    return QUESTIONS if model.family.sees else TEXTS
+def questions_of(model: Model) -> tuple[int, int, int]:
+    """Tokens of the shortest and of the longest question that a model is asked here, and of one between: a test of what
+    the two say, where all pictures are as many tokens.
+    """
+    shortest, longest = QUESTIONS if model.family.sees else TEXTS
+    return shortest, longest, (shortest + longest) // 2
 
 
 def bundled(model: Model) -> list[Shape]:
@@ -142,8 +146,7 @@ def shapes_of(model: Model) -> list[Shape]:
         found = [one, largest(model)]
     elif family.one_batch(model):
         most = max(1, min(searched_tiles(model), (model.positions - one.text_tokens - 1) // max(1, one.visual_tokens)))
-        tiles = sorted({*(2**n for n in range(most.bit_length())), *range(1, family.most_tiles(model) + 1), most})
-        found += [family.shape_of(model, family.of_tiles(model, n), 0) for n in tiles]
+        found += [family.shape_of(model, family.of_tiles(model, n), 0) for n in range(1, most + 1)]
     else:  # as many images as one looks at first
         found += [family.shape_of(model, family.of_tiles(model, family.most_tiles(model), n), 0) for n in (1, 2)]
     middle = sum(shape.visual_tokens for shape in found) / len(found)
@@ -177,12 +180,13 @@ def record(name: str, runs: bool) -> None:
     missing = [entry for entry in entries.values() if not file_of(entry.name).exists() and entry.run >= runs]
     with tempfile.TemporaryDirectory() as folder:
         for done, entry in enumerate(missing, start=1):
-            start, lost = sum(os.times()[:4]), 0
+            start = sum(os.times()[:4])
             bench = benches.setdefault(entry.setup, Bench(entry.setup))
             bench.book.folder = Path(folder)
-            for asks in entry.asks(model):
+            asked = [*entry.asks(model)]
+            for asks in asked * AGAIN:
                 bench.foresee(asks)
-                lost += sum(not bench.knows(ask) for ask in asks)
+            lost = sum(not bench.knows(ask) for asks in asked for ask in asks)
             made = Path(folder) / f"{entry.name}.json"
             if not made.exists() and file_of(entry.name).exists():  # of another model with the same numbers, meanwhile
                 continue

@@ -23,6 +23,7 @@ from memprof.forecasts.book import Book, Missing, depends
 from memprof.models import find
 from memprof.pruning import build_pruner
 from memprof.records import RunSpec
+from memprof.simulator.sizes import Sizes, packed
 from memprof.runner import Complete, complete_spec
 
 REFERENCE = Path(__file__).parent / "reference" / "recordings.json"
@@ -211,11 +212,18 @@ def test_weights_that_do_not_fit_are_refused_here_too(monkeypatch: pytest.Monkey
 # -- the recorder's version --------------------------------------------------------------------------------------------
 
 
+def sized(told: dict[str, Any], sizes: Sizes) -> dict[str, Any]:
+    """A program's plain data with its sizes as they are: how they are packed has no part in what was recorded."""
+    rest = {name: value for name, value in told.items() if name not in packed(sizes.tables)}
+    dims, growth = ([table[i].tolist() for table in sizes.tables] for i in range(2))
+    return {**rest, "dims": dims, "growth": growth}
+
+
 def digest(done: Complete, bench: Bench) -> str:
     """What was recorded, in short."""
     found = bench.book.entry(done.setup, done.pruner, done.spec.stack).programs
-    programs: list[Any] = [[key, one and one.to_json()] for key, one in found.shared.items()]
-    programs += [one.to_json() for one in found.selections.known]
+    programs: list[Any] = [[key, one and sized(one.to_json(), one.sizes)] for key, one in found.shared.items()]
+    programs += [{**one.course._asdict(), "seen": one.seen, "rows": [t.tolist() for t in one.sizes.tables], "wrong": False} for one in found.selections.known]
     return hashlib.sha256(json.dumps(programs, default=str).encode()).hexdigest()[:16]
 
 

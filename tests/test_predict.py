@@ -13,6 +13,7 @@ from tiny import tiny_card
 
 from memprof import files
 from memprof.bench import Bench
+from memprof.bench import recorder as recorder_module
 from memprof.bench.recorder import Recorder
 from memprof.errors import DoesNotFit
 from memprof.families import FAMILIES
@@ -40,9 +41,11 @@ def nowhere(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MEMPROF_CACHE", "")
 
 
-def bench_of(monkeypatch: pytest.MonkeyPatch, method: str, stack: str, **changes: Any) -> tuple[Bench, Complete]:
-    """A bench over a tiny InternVL of eight decoder layers, deep enough for its layers to be folded."""
-    model = tiny_card(FAMILIES.load("internvl")()).of_depth(8)
+def bench_of(
+    monkeypatch: pytest.MonkeyPatch, method: str, stack: str, family: str = "internvl", **changes: Any
+) -> tuple[Bench, Complete]:
+    """A bench over a tiny model of eight decoder layers, deep enough for its layers to be folded."""
+    model = tiny_card(FAMILIES.load(family)()).of_depth(8)
     monkeypatch.setattr(find, "find", lambda *_: model)
     spec = RunSpec(model=model.name, method=method, task="ai2d", device="sim", stack=stack, dtype="bfloat16",
                    **{"max_new_tokens": 7, **changes})  # fmt: skip
@@ -102,6 +105,30 @@ def test_random_shapes(monkeypatch: pytest.MonkeyPatch, method: str, stack: str)
     recorder = compare(*bench_of(monkeypatch, method, stack), asked=20, compared=2)
     # What looks at the vision tower goes through it tile by tile, and is recorded for each number of them.
     assert recorder.recorded <= (30 if "vision" in recorder.programs.pruner.needs else 10)
+
+
+@pytest.mark.parametrize("method", ["baseline", "topv:keep=0.3"])
+def test_layers_that_a_tower_adds_to_are_a_head_of_their_own(monkeypatch: pytest.MonkeyPatch, method: str) -> None:
+    """DeepStack: the first layers are unlike the others, whatever the method; those behind them still fold."""
+    bench, done = bench_of(monkeypatch, method, "current", "qwen3-vl")
+    recorder = compare(bench, done, asked=12, compared=2)
+    assert all(bench.knows(done.ask(shape)) for shape in random_shapes(bench, 12, 1))
+    programs = [one.structure for one in recorder.programs.shared.values() if one is not None]
+    assert all(one is not None and one.folded_layers for one in programs)
+
+
+def test_a_model_whose_layers_never_repeat_is_traced_directly(monkeypatch: pytest.MonkeyPatch) -> None:
+    bench, done = bench_of(monkeypatch, "baseline", "current")
+    tried = list[int]()
+
+    def unlike(recording: program.Recording, **_: object) -> None:
+        tried.append(recording.head_layers)
+        raise program.Unlike(recording.head_layers, "made up")
+
+    monkeypatch.setattr(recorder_module, "fold", unlike)
+    shape = random_shapes(bench, 1, 3)[0]
+    assert bench.outcome(done.ask(shape, seed=0)) == bench.profile(done.ask(shape, seed=0))
+    assert {2, 3, 4, 8} <= set(tried) <= {*range(2, 9)}
 
 
 def test_it_is_the_same_however_many_tokens_are_written_out_at_once(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -39,7 +39,7 @@ if TYPE_CHECKING:
     from torch import nn
 
     from memprof.anatomy import Anatomy
-    from memprof.bench.recorder import Recorder
+    from memprof.bench.recorder import Head, Recorder
 
 #: From so many distinct shapes on, copies of the process predict them side by side.
 MANY = 16
@@ -76,6 +76,7 @@ class Bench:
         self.setup, self.book = setup, Book()
         self._models: dict[int, tuple[nn.Module, Meter]] = {}
         self._recorders: dict[Any, Recorder] = {}
+        self._heads: dict[Setup, Head] = {}
         self._predicted: dict[Any, Outcome] = {}
         self._coming: dict[Any, Iterator[Outcome | None]] = {}  # what copies of this process are predicting, in order
 
@@ -279,7 +280,7 @@ class Bench:
 
     def _recorder(self, ask: Ask) -> Recorder:
         """What makes the programs of a method, and adds to those of the book; the model is built for it."""
-        from memprof.bench.recorder import Recorder
+        from memprof.bench.recorder import Head, Recorder
 
         key = ask.pruner.like, ask.manner  # what is kept is a length, not another program
         if key not in self._recorders:
@@ -293,6 +294,7 @@ class Bench:
                     Ask(pruner, ask.stack, Prompt(shape), new_tokens, seed, ask.around), (model, meter)
                 ),
                 lambda done, total: self.on_recording(done, total),
+                self._heads.setdefault(self.setup, Head()),
                 alike=self.setup.model.alike and same_form([layer for _, layer in anatomy(model).layers]),
             )  # fmt: skip
         return self._recorders[key].under(ask.pruner)

@@ -30,7 +30,7 @@ from memprof.pruning import Choice, Pruner
 from memprof.pruning.signals import signal_kind
 from memprof.pruning.view import View, no_projector
 from memprof.pruning.vision import projected
-from memprof.simulator.program import FOLDED_TOKENS, STEPS_BEFORE, Program, Recording, fold
+from memprof.simulator.program import FOLDED_TOKENS, STEPS_BEFORE, Program, Recording, Unlike, fold
 from memprof.simulator.reach import Reach
 from memprof.simulator.selection import Passage
 from memprof.simulator.sizes import Irregular
@@ -42,6 +42,19 @@ Build = Callable[[int], tuple[nn.Module, Meter]]
 Profile = Callable[[nn.Module, Meter, Pruner, Shape, int], object]
 
 
+@dataclasses.dataclass
+class Head:
+    """How many layers at the start of a model are unlike those behind them, as where a tower adds to the first few.
+
+    Attributes:
+        layers: As many as were found to be, whatever the method.
+        most: With how many it is no use any more.
+    """
+
+    layers: int = 2
+    most: int = 8
+
+
 class Recorder:
     """Makes the programs of one model under one method and stack, and answers from them.
 
@@ -51,6 +64,7 @@ class Recorder:
         build: Makes a model of the same kind with fewer layers.
         profile: Profiles one prompt.
         watch: Told of recordings: how many are done, and of how many.
+        head: What is known of the model's first layers; what is found is put there, for all who record it.
         alike: Whether the decoder layers are alike, so that a few of them tell of all.
     """
 
@@ -61,11 +75,12 @@ class Recorder:
         build: Build,
         profile: Profile,
         watch: Callable[[int, int], None],
+        head: Head,
         *,
         alike: bool = True,
     ) -> None:
         self.programs, self._meter, self._build, self._profile = programs, meter, build, profile
-        self._watch, self._alike = watch, alike
+        self._watch, self._head, self._alike = watch, head, alike
         #: Prompts that were run to record programs.
         self._recorded = [0]  # shared by all that :meth:`under` makes
         self._forms: list[_Form] = []
@@ -193,7 +208,13 @@ class Recorder:
             assert program is not None
             try:
                 self._extend(program, group, new_tokens)
-            except Irregular:
+            except Irregular as found:
+                if isinstance(found, Unlike) and found.head < self._head.most:
+                    self._head.layers = found.head + 1
+                    self._recordings.clear()
+                    del self.programs.shared[key]
+                    self._cover(group, new_tokens, level)
+                    continue
                 self.programs.shared[key] = None
                 self._split(group, new_tokens, level)
 
@@ -239,7 +260,7 @@ class Recorder:
         """
         shape, new_tokens = prompt
         stages = self.programs.stages(shape)
-        head = (stages[-1].layer if stages else 0) + 2
+        head = max((stages[-1].layer if stages else 0) + 2, self._head.layers)
         model, meter = self._build(self._recorded_depth(head))
         assert isinstance(meter, SimMeter)
         entered: list[int] = []

@@ -36,10 +36,10 @@ from memprof.pruning.signals import signal_kind
 from memprof.records import Memory, TokenColumns
 from memprof.simulator.loaded import Loaded
 from memprof.simulator.program import Program
-from memprof.simulator.selection import Selection
+from memprof.simulator.selection import Selections
 
 #: Layout of a file; others are made anew.
-SCHEMA = 4
+SCHEMA = 5
 #: What the recorder makes of a model. Count it up whenever a recording, or how one is folded, changes: entries made
 #: before are then made anew. ``tests/test_book.py`` fails where recordings changed and this did not.
 RECORDER = 4
@@ -161,7 +161,7 @@ class Book:
                     "schema": SCHEMA, "depends": depends(setup, pruner, manner), **vars(entry.resident),
                     "programs": [[key, None if one is None else one.to_json()] for key, one in shared.items()],
                     "alone": _latest(alone),
-                    "selections": [one.to_json() for one in programs.selections.known],
+                    "selections": programs.selections.to_json(),
                 }  # fmt: skip
                 if filling:
                     body["filling"] = _latest(filling)
@@ -214,7 +214,7 @@ def _read(file: Path, setup: Setup, pruner: Pruner) -> Entry | None:
             programs.shared[_frozen(key)] = None if program is None else Program.from_json(program)
         programs.alone = {_frozen(key): Program.from_json(program) for key, program in data["alone"]}
         programs.filling = {_frozen(key): Program.from_json(program) for key, program in data.get("filling", ())}
-        programs.selections.known = [Selection.from_json(one) for one in data["selections"]]
+        programs.selections = Selections.from_json(data["selections"])
         weights = tuple((str(name), int(n), str(group)) for name, n, group in data["weights"])
         return Entry(programs, Resident(weights, bool(data["biased"]), str(data["attention"])))
     except (OSError, MemprofError, ValueError, KeyError, TypeError, IndexError, AttributeError, lzma.LZMAError):

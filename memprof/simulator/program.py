@@ -35,7 +35,7 @@ from memprof.simulator.reach import Reach
 from memprof.simulator.replay import Stretch, Timeline
 from memprof.simulator.rules import RULES
 from memprof.simulator.selection import Course, Passage
-from memprof.simulator.sizes import AXES, Ints, Irregular, Sizes, Slot, Table, row_of, slot_of
+from memprof.simulator.sizes import AXES, Ints, Irregular, Sizes, Slot, Table, packed, row_of, slot_of, unpacked
 from memprof.simulator.trace import ITEM_BYTES, Trace
 
 #: Steps at the start that are kept as they are: the prefill, and the first decode step, which still frees its things.
@@ -170,6 +170,14 @@ class Structure:
         return [slot for slots in self.slots.values() for slot in slots]
 
 
+class Unlike(Irregular):
+    """Decoder layers behind ``head`` of them are not alike."""
+
+    def __init__(self, head: int, what: str) -> None:
+        super().__init__(what)
+        self.head = head
+
+
 class Folded(NamedTuple):
     """A recording folded up: its structure, its shapes ``(tensors, axes)``, and what a further step adds to each."""
 
@@ -191,7 +199,8 @@ def fold(recording: Recording, *, fold_layers: bool, filled: int | None = None) 
             ``head_layers``, two that must be alike, and the last.
 
     Raises:
-        Irregular: Something does not repeat.
+        Unlike: Layers behind the head are not alike; with a longer one they may be.
+        Irregular: Something else does not repeat.
     """
     flat = _Flat(recording, fold_layers)
     tokens, depth, head = len(recording.trace.marks), flat.depth, recording.head_layers
@@ -202,7 +211,10 @@ def fold(recording: Recording, *, fold_layers: bool, filled: int | None = None) 
     kept_layers = [*range(head + 2), depth, depth + 1] if fold_layers else list(range(depth + 2))
     for token in range(tokens):
         if fold_layers:
-            flat.same((token, head + 1), (token, head + 2), growth=False)
+            try:
+                flat.same((token, head + 1), (token, head + 2), growth=False)
+            except Irregular as found:
+                raise Unlike(head, str(found)) from None
     for _, run in repeated:
         for token in range(run.first + 1, run.first + run.tokens):
             for layer in range(depth + 2):
@@ -302,7 +314,7 @@ class _Flat:
             elif home_layer >= depth - 1:
                 layer_by, layer_number = "-", depth + 1 - home_layer
             elif home_layer > head:
-                raise Irregular(f"a tensor of layer {home_layer} is freed in segment {place}")
+                raise Unlike(head, f"a tensor of layer {home_layer} is freed in segment {place}")
         return Ref(token_by, token_number, layer_by, layer_number, index)
 
     def dims(self, slot: int) -> Ints:
@@ -404,9 +416,7 @@ class Program:
             "segments": [
                 [*place, s.steps[place], [number[slot] for slot in s.slots[place]]] for place in s.steps
             ],
-            "points": self.reach.span.vectors, "seen": self.reach.seen,
-            "dims": [dims.tolist() for dims, _ in self.sizes.tables],
-            "growth": [growth.tolist() for _, growth in self.sizes.tables],
+            "points": self.reach.span.vectors, "seen": self.reach.seen, **packed(self.sizes.tables),
         }  # fmt: skip
 
     @classmethod
@@ -426,10 +436,7 @@ class Program:
         )  # fmt: skip
         program.sizes.reach = Reach.of(data["points"], data["seen"])
         shape = (2, len(program.structure.all_slots), AXES)
-        both = zip(data["dims"], data["growth"], strict=True)
-        program.sizes.tables = [np.array(table, dtype=np.int64).reshape(shape) for table in both]
-        if len(program.sizes.tables) != len(program.reach.span.vectors):
-            raise ValueError("points and shapes do not match")
+        program.sizes.tables = unpacked(data, len(program.reach.span.vectors), shape)
         return program
 
 

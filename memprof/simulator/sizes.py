@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from fractions import Fraction
 from math import lcm
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -97,3 +97,26 @@ class Sizes:
             raise Irregular(f"{tuple(lengths)} gives lengths that are no whole numbers")
         combined: Ints = total // scale
         return combined
+
+
+def packed(tables: Sequence[Ints]) -> dict[str, Any]:
+    """Tables, one or more and all of one shape ``(..., tensors, AXES)``, as plain lists: many tensors have the same
+    sizes in all of them, and those are written once.
+    """
+    stacked = np.moveaxis(np.stack(tables), -2, 0)
+    rows = stacked.reshape(len(stacked), stacked[0].size if len(stacked) else 0)
+    number = dict[bytes, int]()
+    place = [number.setdefault(row.tobytes(), len(number)) for row in rows]
+    first = np.unique(place, return_index=True)[1].astype(np.int64)
+    return {"sizes": rows[first].tolist(), "size": place}
+
+
+def unpacked(data: Mapping[str, Any], count: int, shape: tuple[int, ...]) -> list[Ints]:
+    """The ``count`` tables of ``shape`` that :func:`packed` wrote; ValueError, IndexError or KeyError where it did not.
+    """
+    tensors = shape[-2]
+    unique = np.array(data["sizes"], dtype=np.int64).reshape(-1, count, *shape[:-2], AXES)
+    place = np.array(data["size"], dtype=np.int64)
+    if place.shape != (tensors,) or (place < 0).any():
+        raise ValueError("sizes and tensors do not match")
+    return list(np.moveaxis(unique[place], 0, -2))

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import json
 
-from memprof.simulator.selection import Passage, Selection, Selections
+import pytest
+
+from memprof.simulator.selection import Passage, Selections
+from memprof.simulator.sizes import Irregular
 from memprof.simulator.trace import Trace
 
 
@@ -47,9 +50,7 @@ def test_each_recording_that_is_combined_from_stood_a_test() -> None:
     assert found.at((300, 100)) is None, "the last of them was never tested"
     found.add((300, 30), made_up(300, 30))
     assert same(found.at((300, 100)), made_up(300, 100))
-    again = [Selection.from_json(json.loads(json.dumps(one.to_json()))) for one in found.known]
-    read = Selections()
-    read.known = again
+    read = Selections.from_json(json.loads(json.dumps(found.to_json())))
     assert same(read.at((300, 100)), made_up(300, 100))
 
 
@@ -62,12 +63,35 @@ def test_other_blocks_are_another_course() -> None:
     assert found.at((1201, 9)) is None, "half a row is no length"
 
 
-def test_sizes_that_are_no_combination_leave_what_was_recorded() -> None:
-    found = recorded((100, 9), (400, 9), (250, 9), step=7)
-    assert [one.wrong for one in found.known] == [True, False]
+def test_what_is_no_combination_is_told_apart_by_the_tokens_shown() -> None:
+    found = recorded((100, 50), (400, 200), (250, 125), step=7)
+    assert [one.among for one in found.known] == [(100,), (400,), (250,)]
     for n in (100, 400, 250):
-        assert same(found.at((n, 9)), made_up(n, 9, step=7))
-    assert found.at((300, 9)) is None
+        assert same(found.at((n, n // 2)), made_up(n, n // 2, step=7))
+        assert found.at((n, n // 4)) is None, "nothing tells of other shares"
+    assert found.at((300, 150)) is None
+    for kept in (250, 1):
+        found.add((250, kept), made_up(250, kept, step=7))
+    assert same(found.at((250, 60)), made_up(250, 60, step=7)), "a share of tokens whose shares were put to the test"
+    assert found.at((400, 60)) is None
+    found.add((300, 150), made_up(300, 150, step=7))
+    assert same(found.at((300, 150)), made_up(300, 150, step=7))
+    read = Selections.from_json(json.loads(json.dumps(found.to_json())))
+    assert [(one.among, one.seen) for one in read.known] == [(one.among, one.seen) for one in found.known]
+    assert same(read.at((250, 60)), made_up(250, 60, step=7))
+    assert len(found.to_json()) == 1, "one course"
+
+
+def test_what_is_no_combination_at_one_number_of_tokens_is_as_it_was_recorded() -> None:
+    found = Selections()
+    for n, kept in ((100, 50), (400, 200), (250, 125), (250, 1), (250, 2), (250, 90)):
+        found.add((n, kept), made_up(n, kept, step=7 * kept if n == 250 else 7))
+    assert [one.among for one in found.known] == [(100,), (400,), *((250, kept) for kept in (125, 1, 2, 90))]
+    for kept in (125, 1, 2, 90):
+        assert same(found.at((250, kept)), made_up(250, kept, step=7 * kept))
+    assert found.at((250, 60)) is None
+    with pytest.raises(Irregular):
+        found.add((250, 90), made_up(250, 91, step=7 * 90))
 
 
 def test_recordings_of_two_are_joined() -> None:
