@@ -8,6 +8,7 @@ import json
 import subprocess
 import sys
 import threading
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -23,8 +24,8 @@ from memprof.forecasts.book import Book, Missing, depends
 from memprof.models import find
 from memprof.pruning import build_pruner
 from memprof.records import RunSpec
-from memprof.simulator.sizes import Sizes, packed
 from memprof.runner import Complete, complete_spec
+from memprof.simulator.sizes import Sizes, packed
 
 REFERENCE = Path(__file__).parent / "reference" / "recordings.json"
 #: Families whose recordings are held: one that tiles, one that does not, and one with a vision tower of its own size.
@@ -212,7 +213,7 @@ def test_weights_that_do_not_fit_are_refused_here_too(monkeypatch: pytest.Monkey
 # -- the recorder's version --------------------------------------------------------------------------------------------
 
 
-def sized(told: dict[str, Any], sizes: Sizes) -> dict[str, Any]:
+def sized(told: Mapping[str, Any], sizes: Sizes) -> dict[str, Any]:
     """A program's plain data with its sizes as they are: how they are packed has no part in what was recorded."""
     rest = {name: value for name, value in told.items() if name not in packed(sizes.tables)}
     dims, growth = ([table[i].tolist() for table in sizes.tables] for i in range(2))
@@ -223,7 +224,10 @@ def digest(done: Complete, bench: Bench) -> str:
     """What was recorded, in short."""
     found = bench.book.entry(done.setup, done.pruner, done.spec.stack).programs
     programs: list[Any] = [[key, one and sized(one.to_json(), one.sizes)] for key, one in found.shared.items()]
-    programs += [{**one.course._asdict(), "seen": one.seen, "rows": [t.tolist() for t in one.sizes.tables], "wrong": False} for one in found.selections.known]
+    programs += [
+        {**one.course._asdict(), "among": one.among, "seen": one.seen, "rows": [t.tolist() for t in one.sizes.tables]}
+        for one in found.selections.known
+    ]
     return hashlib.sha256(json.dumps(programs, default=str).encode()).hexdigest()[:16]
 
 

@@ -250,7 +250,7 @@ def test_programs_are_kept_and_spoiled_files_are_made_anew(monkeypatch: pytest.M
     assert cached.recordings() == 0
     good = file.read_text()
     data = json.loads(good)
-    del data["programs"][0][1]["dims"]
+    del data["programs"][0][1]["sizes"]
     for text in (good[: len(good) // 2], json.dumps(data)):
         file.write_text(text)
         assert cached.recordings() > 0

@@ -149,6 +149,16 @@ class Structure:
     slots: dict[Place, tuple[Slot, ...]]
     phases: tuple[tuple[Place, int, str], ...]
     prefix: str
+    #: Segments without a gap, once they were written.
+    written: dict[Place, Segment] = field(default_factory=dict, compare=False, repr=False)
+
+    def own(self, ref: Ref, place: Place) -> bool:
+        """Whether a tensor is sure to be of the segment in ``place`` that names it."""
+        token, layer = place
+        at = ref.token == (0 if ref.token_by == "+" else token) and (ref.token_by == "+" or token < HEAD_TOKENS)
+        if ref.layer_by == "=":
+            return at and ref.layer == layer and (layer <= self.head_layers or not self.folded_layers)
+        return at and not ref.layer and (ref.layer_by == "+" or layer == self.depth + 1)
 
     @cached_property
     def first_row(self) -> dict[Place, int]:
@@ -168,6 +178,97 @@ class Structure:
     def all_slots(self) -> list[Slot]:
         """Every tensor, segment after segment."""
         return [slot for slots in self.slots.values() for slot in slots]
+
+
+@dataclass
+class Segment:
+    """A segment as it is written wherever it stands; tensors are numbered from its own first one.
+
+    Attributes:
+        events: A birth is a tensor's number, an end ``~`` that; 0 where something ends that was born elsewhere.
+        ends: Where those ends stand, and what they name.
+        left: Births that do not end here, and the number of each.
+        slots: What each tensor is.
+        rows: Row of the folded tables that its sizes are in; ``~i`` for number ``i`` of ``fixed``.
+        moved: Whether a step moves its sizes; not, if a selection made it.
+        fixed: Gap, and number in it, of the tensors that selections keep to themselves.
+        phases: Events before each change of phase, and the phase's name.
+    """
+
+    events: list[int] = field(default_factory=list)
+    ends: list[tuple[int, Ref]] = field(default_factory=list)
+    left: list[tuple[int, int]] = field(default_factory=list)
+    slots: list[Slot] = field(default_factory=list)
+    rows: list[int] = field(default_factory=list)
+    moved: list[bool] = field(default_factory=list)
+    fixed: list[tuple[int, int]] = field(default_factory=list)
+    phases: list[tuple[int, str]] = field(default_factory=list)
+
+    @classmethod
+    def of(cls, structure: Structure, place: Place, courses: Sequence[Course]) -> Self:
+        """The segment in ``place``, its gaps filled with ``courses``."""
+        self, steps = cls(), structure.steps[place]
+        births = list(enumerate(structure.slots[place], start=structure.first_row[place]))
+        names: dict[int, list[str]] = {}
+        for where, at, name in structure.phases:
+            if where == place:
+                names.setdefault(at, []).append(name)
+        numbers, at, count = dict[int, int](), 0, 0
+        while at < len(steps):
+            self.phases += [(len(self.events), name) for name in names.get(at, ())]
+            step = steps[at]
+            at += 1
+            if step is None:
+                row, kind = births[count]
+                numbers[count] = self._born(kind, row, moved=True)
+                count += 1
+            elif isinstance(step, int):
+                outlive = courses[step].survivors
+                for number in self._fill(step, courses[step], births[count : count + len(outlive)]):
+                    numbers[count] = number
+                    count += 1
+                at += len(outlive)
+            elif structure.own(step, place):
+                self.events.append(~numbers.pop(step.birth))
+            else:
+                self.ends.append((len(self.events), step))
+                self.events.append(0)
+        self.phases += [(len(self.events), name) for name in names.get(at, ())]
+        self.left = list(numbers.items())
+        return self
+
+    def _born(self, kind: Slot, row: int, *, moved: bool) -> int:
+        number = len(self.slots)
+        self.events.append(number)
+        self.slots.append(kind)
+        self.rows.append(row)
+        self.moved.append(moved)
+        return number
+
+    def _fill(self, gap: int, course: Course, births: Sequence[tuple[int, Slot]]) -> list[int]:
+        """Write a selection into its gap; returns the numbers of what outlives it."""
+        numbers, outlived = dict[int, int](), list[int]()
+        for event in course.events:
+            if event < 0:
+                self.events.append(~numbers[~event])
+            elif event in course.survivors:
+                row, kind = births[len(outlived)]
+                numbers[event] = self._born(kind, row, moved=False)
+                outlived.append(numbers[event])
+            else:
+                numbers[event] = self._born(course.slots[event], ~len(self.fixed), moved=False)
+                self.fixed.append((gap, event))
+        return outlived
+
+    @cached_property
+    def parts(self) -> list[str]:
+        """The part each tensor belongs to."""
+        return [slot.part for slot in self.slots]
+
+    @cached_property
+    def dtypes(self) -> list[str]:
+        """Each tensor's dtype."""
+        return [slot.dtype for slot in self.slots]
 
 
 class Unlike(Irregular):
@@ -360,16 +461,24 @@ def _rename(module: str, prefix: str, layer: int, to: int) -> str:
 
 
 class Program:
-    """One structure, and its sizes at every shape within reach of the recordings it was seen in.
-
-    Attributes:
-        structure: None before the first recording.
-        sizes: Shapes and what a further step adds to them: tables ``(2, tensors, axes)``.
-    """
+    """One structure, and its sizes at every shape within reach of the recordings it was seen in."""
 
     def __init__(self) -> None:
-        self.structure: Structure | None = None
-        self.sizes = Sizes()
+        self._structure: Structure | None = None
+        self._sizes = Sizes()
+        self._told: Mapping[str, Any] | None = None  # plain data that nobody has looked into yet
+
+    @property
+    def structure(self) -> Structure | None:
+        """None before the first recording."""
+        self._look()
+        return self._structure
+
+    @property
+    def sizes(self) -> Sizes:
+        """Shapes and what a further step adds to them: tables ``(2, tensors, axes)``."""
+        self._look()
+        return self._sizes
 
     @property
     def reach(self) -> Reach:
@@ -383,7 +492,7 @@ class Program:
             Irregular: It has another structure, or other sizes than the program says.
         """
         if self.structure is None:
-            self.structure = folded.structure
+            self._structure = folded.structure
         elif self.structure != folded.structure:
             raise Irregular("two recordings have different events")
         self.sizes.add(lengths, np.stack((folded.dims, folded.growth)))
@@ -402,9 +511,11 @@ class Program:
 
     # -- on disk -------------------------------------------------------------------------------------------------------
 
-    def to_json(self) -> dict[str, Any]:
+    def to_json(self) -> Mapping[str, Any]:
         """As plain lists and numbers."""
-        s = self.structure
+        if self._told is not None:
+            return self._told
+        s = self._structure
         assert s is not None
         kinds = list(dict.fromkeys(s.all_slots))
         number = {kind: i for i, kind in enumerate(kinds)}
@@ -416,15 +527,25 @@ class Program:
             "segments": [
                 [*place, s.steps[place], [number[slot] for slot in s.slots[place]]] for place in s.steps
             ],
-            "points": self.reach.span.vectors, "seen": self.reach.seen, **packed(self.sizes.tables),
+            "points": self.reach.span.vectors, "seen": self.reach.seen, **packed(self._sizes.tables),
         }  # fmt: skip
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> Self:
-        """The program in ``data``; raises ValueError, KeyError, TypeError or IndexError where it is none."""
+        """The program in ``data``, which is looked into when it is asked for something: an entry has many programs,
+        and one prompt needs one of them.
+        """
         program = cls()
+        program._told = data
+        return program
+
+    def _look(self) -> None:
+        """Look into plain data; raises ValueError, KeyError, TypeError or IndexError where it is no program."""
+        if self._told is None:
+            return
+        data, self._told = self._told, None
         kinds = [Slot(*kind) for kind in data["kinds"]]
-        program.structure = Structure(
+        self._structure = Structure(
             tokens=data["tokens"], folded_tokens=data["folded_tokens"], folded_layers=data["folded_layers"],
             depth=data["depth"], head_layers=data["head_layers"], prefix=data["prefix"],
             phases=tuple(((t, layer), at, name) for t, layer, at, name in data["phases"]),
@@ -434,10 +555,9 @@ class Program:
             },
             slots={(t, layer): tuple(kinds[i] for i in numbers) for t, layer, _, numbers in data["segments"]},
         )  # fmt: skip
-        program.sizes.reach = Reach.of(data["points"], data["seen"])
-        shape = (2, len(program.structure.all_slots), AXES)
-        program.sizes.tables = unpacked(data, len(program.reach.span.vectors), shape)
-        return program
+        self._sizes.reach = Reach.of(data["points"], data["seen"])
+        shape = (2, len(self._structure.all_slots), AXES)
+        self._sizes.tables = unpacked(data, len(self._sizes.reach.span.vectors), shape)
 
 
 class Name(NamedTuple):
@@ -470,6 +590,8 @@ class Unfolded:
         self.depth, self.tokens, self._at_once = depth, tokens, at_once or AT_ONCE
         self.runs = runs_of(tokens, filled) if structure.folded_tokens else _singles(0, tokens)
         self._kept: dict[tuple[int, int, tuple[Name, ...]], _Written] = {}
+        self._filled: dict[Place, Segment] = {}
+        self._sites: dict[tuple[Place, int], list[tuple[str, str]]] = {}
 
     def trace(self, lengths: Sequence[int], passages: Sequence[Passage] = ()) -> Trace:
         """The trace of one shape, of at most :data:`AT_ONCE` tokens, its gaps filled with ``passages`` of its courses.
@@ -500,6 +622,30 @@ class Unfolded:
                     module = written.order.sites[int(held[i])][0]
                     layers.setdefault(module, []).append(Cached(shapes(i), int(nbytes[i])))
         return list(layers.values()), totals
+
+    def segment(self, place: Place) -> Segment:
+        """The segment in ``place``, its gaps filled."""
+        found = self.structure.written.get(place) or self._filled.get(place)
+        if found is None:
+            found = Segment.of(self.structure, place, self.courses)
+            gaps = any(isinstance(step, int) for step in self.structure.steps[place])
+            (self._filled if gaps else self.structure.written)[place] = found
+        return found
+
+    def sites(self, place: Place, layer: int) -> list[tuple[str, str]]:
+        """Module path and operator of each tensor of the segment in ``place`` where it stands for ``layer``."""
+        if (place, layer) not in self._sites:
+            s, segment = self.structure, self.segment(place)
+            if s.folded_layers and 1 <= layer <= self.depth:
+                traced = place[1] if place[1] == s.depth else place[1] - 1  # one of two that are alike is not kept
+                sites = [
+                    (_rename(slot.module, s.prefix, traced, layer - 1) if row >= 0 else slot.module, slot.op)
+                    for slot, row in zip(segment.slots, segment.rows, strict=True)
+                ]
+            else:
+                sites = [(slot.module, slot.op) for slot in segment.slots]
+            self._sites[place, layer] = sites
+        return self._sites[place, layer]
 
     def run(self, token: int) -> int:
         """Number of the run that ``token`` is of: the folded token that stands for it."""
@@ -627,16 +773,13 @@ class _Written:
     def _write(self, stop: int) -> list[int]:
         """Write the trace; returns the number of events at the end of each segment."""
         order, joints = self.order, list[int]()
-        phases: dict[tuple[Place, int], list[str]] = {}
-        for folded, at, name in self._structure.phases:
-            phases.setdefault((folded, at), []).append(name)
         for token in range(self._begin, stop):
             folded_token = self._whole.run(token)
             first, _, repeats = self._whole.runs[folded_token]
             step = HEAD_TOKENS + token - first - self._begin if repeats else _APART
             for layer in range(self._whole.depth + 2):
                 place = folded_token, self._folded_layer(layer)
-                self._segment(place, token, layer, step, {} if repeats and token > first else phases)
+                self._segment(place, token, layer, step, phases=not (repeats and token > first))
                 joints.append(len(order.events))
             order.mark()
         return joints
@@ -645,71 +788,30 @@ class _Written:
         later = token >= HEAD_TOKENS
         return Name(later, token - self._begin if later else token, layer, birth)
 
-    def _segment(
-        self, place: Place, token: int, layer: int, step_number: int, phases: Mapping[tuple[Place, int], list[str]]
-    ) -> None:
-        order, structure, depth = self.order, self._structure, self._whole.depth
-        kinds, row, steps = structure.slots[place], structure.first_row[place], structure.steps[place]
-        at = births = 0
-        while at < len(steps):
-            for name in phases.get((place, at), ()):
-                order.phase(name)
-            step = steps[at]
-            at += 1
-            if step is None:
-                slot = self._birth(kinds[births], row + births, layer, place, step_number)
-                self._slots[self._name(token, layer, births)] = slot
-                births += 1
-            elif isinstance(step, int):
-                for slot in self._fill(step, kinds[births:], row + births, layer, place):
-                    self._slots[self._name(token, layer, births)] = slot
-                    births += 1
-                at += len(self._whole.courses[step].survivors)
-            else:
-                home_token = step.token + (token if step.token_by == "+" else 0)
-                home_layer = (
-                    step.layer + layer if step.layer_by == "+"
-                    else depth + 1 - step.layer if step.layer_by == "-" else step.layer
-                )  # fmt: skip
-                order.death(self._slots.pop(self._name(home_token, home_layer, step.birth)))
-        for name in phases.get((place, at), ()):
-            order.phase(name)
-
-    def _birth(self, kind: Slot, row: int, layer: int, place: Place, step: int) -> int:
-        module = kind.module
-        if self._structure.folded_layers and 1 <= layer <= self._whole.depth:
-            module = _rename(module, self._structure.prefix, self._traced_layer(place[1]), layer - 1)
-        self._rows.append(row)
-        self._steps.append(step)
-        return self._born(kind.part, (module, kind.op), kind.dtype)
-
-    def _born(self, part: str, site: tuple[str, str], dtype: str) -> int:
-        """A birth whose size is not known here."""
-        order, slot = self.order, len(self.order.parts)
-        order.parts.append(part)
-        order.sites.append(site)
-        order.dtypes.append(dtype)
-        order.events.append(slot)
-        return slot
-
-    def _fill(self, gap: int, kinds: Sequence[Slot], row: int, layer: int, place: Place) -> list[int]:
-        """Write a selection into its gap; returns the slots of what outlives it."""
-        course, numbers = self._whole.courses[gap], dict[int, int]()
-        survivors = list[int]()
-        for event in course.events:
-            if event < 0:
-                self.order.death(numbers[~event])
-            elif event in course.survivors:
-                count = len(survivors)
-                numbers[event] = self._birth(kinds[count], row + count, layer, place, _APART)
-                survivors.append(numbers[event])
-            else:
-                own = course.slots[event]
-                numbers[event] = self._born(own.part, (own.module, own.op), own.dtype)
-                self._rows.append(~len(self._fixed))
-                self._steps.append(_APART)
-                self._fixed.append((gap, event))
-        return survivors
+    def _segment(self, place: Place, token: int, layer: int, step: int, *, phases: bool) -> None:
+        order, depth = self.order, self._whole.depth
+        segment, base = self._whole.segment(place), len(order.parts)
+        if phases:
+            order.phases += [(len(order.events) + at, name) for at, name in segment.phases]
+        begin = len(order.events)
+        order.events += [event + base if event >= 0 else event - base for event in segment.events]
+        order.parts += segment.parts
+        order.dtypes += segment.dtypes
+        order.sites += self._whole.sites(place, layer)
+        if segment.fixed:
+            first = len(self._fixed)
+            self._rows += [row if row >= 0 else row - first for row in segment.rows]
+            self._steps += [step if own else _APART for own in segment.moved]
+            self._fixed += segment.fixed
+        else:
+            self._rows += segment.rows
+            self._steps += [step] * len(segment.rows)
+        for birth, number in segment.left:
+            self._slots[self._name(token, layer, birth)] = base + number
+        for at, ref in segment.ends:
+            home_token = ref.token + (token if ref.token_by == "+" else 0)
+            home_layer = {"+": layer + ref.layer, "-": depth + 1 - ref.layer, "=": ref.layer}[ref.layer_by]
+            order.events[begin + at] = ~self._slots.pop(self._name(home_token, home_layer, ref.birth))
 
     def _folded_layer(self, layer: int) -> int:
         """The folded layer that stands for ``layer`` (0: before the layers, depth + 1: behind them)."""
@@ -717,11 +819,6 @@ class _Written:
         if not s.folded_layers or layer <= s.head_layers:
             return layer
         return s.depth - (depth - layer) if layer >= depth else s.head_layers + 1
-
-    def _traced_layer(self, folded: int) -> int:
-        """Number, in the recording, of the layer in place ``folded`` (from 1)."""
-        s = self._structure
-        return folded if s.folded_layers and folded == s.depth else folded - 1
 
 
 class _Shapes(Sequence[tuple[int, ...]]):

@@ -118,8 +118,7 @@ class Selection:
 
     @classmethod
     def from_json(cls, course: Course, data: Mapping[str, Any]) -> Self:
-        """The selection of ``course`` in ``data``; raises ValueError, KeyError, TypeError or IndexError if it is none.
-        """
+        """The selection of ``course`` in ``data``; raises as :meth:`Selections.from_json`."""
         one = cls(course, tuple(data["among"]))
         for counts in data["seen"]:
             weights = one.sizes.reach.span.weights(_point(counts))

@@ -112,8 +112,7 @@ def packed(tables: Sequence[Ints]) -> dict[str, Any]:
 
 
 def unpacked(data: Mapping[str, Any], count: int, shape: tuple[int, ...]) -> list[Ints]:
-    """The ``count`` tables of ``shape`` that :func:`packed` wrote; ValueError, IndexError or KeyError where it did not.
-    """
+    """The ``count`` tables of ``shape`` that :func:`packed` wrote; ValueError, IndexError or KeyError if it did not."""
     tensors = shape[-2]
     unique = np.array(data["sizes"], dtype=np.int64).reshape(-1, count, *shape[:-2], AXES)
     place = np.array(data["size"], dtype=np.int64)
