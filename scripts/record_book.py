@@ -65,7 +65,7 @@ class Entry:
 
     Attributes:
         setup, ask: What it is found by; of the ask only the method and how it is generated.
-        run: Whether it is a method's on its stack, and not what ``explain`` tries in its place.
+        run: Whether it is what ``run`` and ``fit`` ask for, and not only what ``explain`` tries in its place.
     """
 
     setup: Setup
@@ -101,11 +101,13 @@ def entries_of(model: Model) -> dict[str, Entry]:
         for method in METHODS if model.family.sees else METHODS[:1]:
             asked = complete_spec(RunSpec(model.name, method, "ai2d", "sim", stack, dtype=model.dtype))
             now = Change(asked.spec, asked.pruner, shape, model)
-            changes = [now, *(change for counterfactual in COUNTERFACTUALS for change in counterfactual(now))]
-            for change in filter(None, (*changes, all_exact(now), floor(now))):
+            # Where a prompt does not fit on the paper stack, fit asks for the same method on the current one.
+            runs = now, Change(dataclasses.replace(asked.spec, stack="current"), asked.pruner, shape, model)
+            changes = [change for counterfactual in COUNTERFACTUALS for change in counterfactual(now)]
+            for change in filter(None, (*runs, *changes, all_exact(now), floor(now))):
                 ask = Ask(change.pruner, change.spec.stack, Prompt(shape), 1, around=change.around)
-                entry = Entry(Setup.of(change.spec, model), ask, change is now)
-                if change is now or entry.name not in found:
+                entry = Entry(Setup.of(change.spec, model), ask, change in runs)
+                if entry.run or entry.name not in found:
                     found[entry.name] = entry
     return found
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.util
 import sys
 from pathlib import Path
@@ -9,9 +10,16 @@ from types import ModuleType
 
 import pytest
 from pinned import pinned
+from rounds import EVERY
 
+from memprof.analysis.fit import QUESTION_TOKENS, answer
+from memprof.bench import Bench
 from memprof.forecasts import book
-from memprof.models.find import named
+from memprof.gpus import CONTEXT_BYTES, find_card
+from memprof.models.find import find, named
+from memprof.pruning import kept_share, method_spec
+from memprof.records import RunSpec
+from memprof.units import GIB
 
 ROOT = Path(__file__).parents[1]
 #: Most bytes of all entries together: they are in every wheel.
@@ -38,6 +46,38 @@ def test_the_core_is_in_it_and_nothing_stale(monkeypatch: pytest.MonkeyPatch, sc
     assert not missing, f"the book that ships lacks entries of {missing}; {again}"
     stale = there - set().union(*wanted.values())
     assert not stale, f"{len(stale)} entries of the book that ships are found by nothing any more; {again}"
+
+
+@pytest.mark.parametrize("name", named() if EVERY else ["llava-1.5-7b", "internvl2-2b", "proving"])
+def test_what_ships_answers_run_and_fit(monkeypatch: pytest.MonkeyPatch, script: ModuleType, name: str) -> None:
+    """Every bundled sample, every share kept, and all that ``fit`` looks at on a small card and on a large one.
+
+    Where each grid of patches is a program of its own, the usual picture stands for the others.
+    """
+    monkeypatch.setattr(book, "package_version", pinned)
+    monkeypatch.setenv("MEMPROF_CACHE", "")
+    monkeypatch.setattr(Bench, "_recorder", lambda _, ask: pytest.fail(f"recorded for {ask}"))
+    model = find(name)
+    for entry in script.entries_of(model).values():
+        if not entry.run or not script.file_of(entry.name).exists():
+            continue
+        spec = RunSpec(name, method_spec(entry.ask.pruner), "ai2d", "sim", entry.ask.stack, dtype=model.dtype)
+        bench, ask = Bench(entry.setup), dataclasses.replace(entry.ask, new_tokens=spec.max_new_tokens)
+        shapes = script.bundled(model)
+        if script.each_its_own(model):
+            shapes = [model.family.shape_of(model, model.family.of_tiles(model, 1), 0), script.largest(model)]
+        prompts = [shape.longer(tokens) for shape in shapes for tokens in (1, QUESTION_TOKENS, 400)]
+        keeps = [None] if kept_share(entry.ask.pruner) is None else [0.01, 1 / 3, 0.9]
+        for keep in keeps:
+            pruner = ask.pruner if keep is None else dataclasses.replace(ask.pruner, keep=keep)
+            asks = [dataclasses.replace(ask, pruner=pruner).about(prompt) for prompt in prompts]
+            unknown = [one.shape for one in asks if not bench.knows(one)]
+            assert not unknown, f"{pruner}: {len(unknown)} of {len(asks)}"
+        if script.each_its_own(model):
+            continue
+        static = bench.standing(ask.pruner, ask.manner).static_bytes
+        for room in (2 * GIB, 40 * GIB):
+            answer(spec, find_card(f"{static + CONTEXT_BYTES + room}B"), bench=bench)
 
 
 def test_it_is_small_and_whole() -> None:

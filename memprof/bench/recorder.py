@@ -49,10 +49,12 @@ class Head:
     Attributes:
         layers: As many as were found to be, whatever the method.
         most: With how many it is no use any more.
+        sure: Whether a recording with so many was folded.
     """
 
     layers: int = 2
     most: int = 8
+    sure: bool = False
 
 
 class Recorder:
@@ -226,11 +228,17 @@ class Recorder:
         """Record what is missing to answer for all of ``group``."""
         asked = {self.programs.lengths(shape, new_tokens): shape for shape in group}
         plan = _plan(copy.deepcopy(program.reach), list(asked))
-        recordings = self._record([(asked[lengths], point[-1]) for lengths, point in plan])
+        recordings = self._record([(asked[lengths], point[-1]) for lengths, point in plan], self._prove)
         for (_, point), recording in zip(plan, recordings, strict=True):
             program.add(point, self._fold(recording))
         for shape in group:
             self._fill(program, shape)
+
+    def _prove(self, recording: Recording) -> None:
+        """Raise Unlike before more is recorded with too short a head."""
+        if not self._head.sure:
+            self._fold(recording)
+            self._head.sure = True
 
     def _fold(self, recording: Recording, filled: int | None = None) -> Any:
         return fold(recording, fold_layers=self._recorded_depth(recording.head_layers) < self._depth, filled=filled)
@@ -238,8 +246,12 @@ class Recorder:
     def _recorded_depth(self, head: int) -> int:
         return min(head + 3, self._depth) if self._alike else self._depth
 
-    def _record(self, prompts: Sequence[tuple[Shape, int]]) -> list[Recording]:
-        """Recordings of prompts of those shapes, and so many new tokens."""
+    def _record(
+        self, prompts: Sequence[tuple[Shape, int]], prove: Callable[[Recording], None] = lambda _: None
+    ) -> list[Recording]:
+        """Recordings of prompts of those shapes, and so many new tokens; ``prove`` is shown the first, before the rest
+        is recorded.
+        """
         points = [self.programs.lengths(*prompt) for prompt in prompts]
         new = {point: prompt for point, prompt in zip(points, prompts, strict=True) if point not in self._recordings}
         order, missing = list(new), list(new.values())
@@ -251,6 +263,8 @@ class Recorder:
                 self._forms[:] = [form]
             self._recorded[0] += 1
             self._watch(done, len(missing))
+            if done == 1:
+                prove(recording)
         return [self._recordings[point] for point in points]
 
     def _record_one(self, prompt: tuple[Shape, int]) -> tuple[Recording, _Form | None]:
