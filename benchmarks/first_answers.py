@@ -27,6 +27,7 @@ MODEL = "internvl2-2b"
 COMMANDS = {
     "run": ["run", "--model", MODEL, "--method", "topv", "--device", "auto", "-o", "{here}/run", "--force"],
     "fit": ["fit", "--model", MODEL, "--gpu", "8GiB"],
+    "fit topv": ["fit", "--model", MODEL, "--method", "topv", "--gpu", "24GiB"],
     "explain": ["explain", "{here}/run"],
     "tune": ["tune", "--model", MODEL, "--method", "topv", "--budget", "4.3GiB", "-o", "{here}/tune"],
 }

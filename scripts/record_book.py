@@ -9,8 +9,8 @@ minutes, which is all that ``tests/test_shipped_book.py`` asks for; a release ha
 hour of two cores.
 
 A model is a process of its own, two of them at a time, and each entry is put into the package as soon as it is made: a
-run that was cut goes on where it stopped, and what is in place is left alone. What methods ask for themselves comes
-first, of every model; then what ``explain`` tries.
+run that was cut goes on where it stopped, and what is in place is left alone (``--again`` adds to it what it lacks).
+What methods ask for themselves comes first, of every model; then what ``explain`` tries.
 """
 
 from __future__ import annotations
@@ -29,7 +29,8 @@ from pathlib import Path
 
 from memprof import files
 from memprof.analysis.fit import searched_tiles
-from memprof.analysis.whatif import COUNTERFACTUALS, Benches, Change, all_exact, floor
+from memprof.analysis.whatif import COUNTERFACTUALS, Benches, Change, all_exact, floor, may_rise
+from memprof.bench import Bench
 from memprof.families import Model
 from memprof.forecasts import Ask, Setup
 from memprof.forecasts.book import SHIPPED, SUFFIX, name_of
@@ -46,8 +47,8 @@ METHODS = ("baseline", "fastv", "topv")
 #: Tokens of the shortest and of the longest question; and of a prompt that is text alone.
 QUESTIONS, TEXTS = (1, 512), (1, 4096)
 #: Tokens of a run's answer, which stand for all from seven tokens on; and those that ``explain`` makes first, which are
-#: all that it makes unless a prompt is so short that decoding may reach its peak.
-TOKENS, FEW, SHORT = 16, Benches.FEW, 256
+#: all that it makes unless decoding may reach the peak.
+TOKENS, FEW = 16, Benches.FEW
 #: Shares of visual tokens beside a method's own: one token, nearly all, between which lie the others; and no cut.
 SHARES, UNCUT = (1e-6, 0.999), 1.0
 #: How often all is asked: where one prompt shows that a program is wrong, those asked before need others in its place.
@@ -79,10 +80,9 @@ class Entry:
 
     def asks(self, model: Model) -> Iterator[list[Ask]]:
         """What is asked so that it comes to know all it should; the prompts of each list become one program."""
-        pruner, most = self.ask.pruner, largest(model)
-        tokens = TOKENS if self.run or most.length < SHORT else FEW
+        pruner, most, tokens = self.ask.pruner, largest(model), TOKENS if self.run else FEW
         shares: list[float] = [] if kept_share(pruner) is None else [*SHARES, *[UNCUT] * self.run]
-        shapes = shapes_of(model)
+        shapes = shapes_of(model, fit=self.run)
         if any(each.name.startswith("vision") for each in self.ask.around):
             # A tower that takes some tiles at a time takes other steps for each number of them: of the largest only.
             shapes, shares = [most.longer(n) for n in questions_of(model)], []
@@ -140,14 +140,17 @@ def each_its_own(model: Model) -> bool:
     return len({tuple(image.kind for image in shape.images) for shape in bundled(model)}) > KINDS
 
 
-def shapes_of(model: Model) -> list[Shape]:
-    """Prompts between which lies what is asked: those of the bundled samples, and of so many tiles as ``fit`` tries."""
+def shapes_of(model: Model, *, fit: bool) -> list[Shape]:
+    """Prompts between which lies what is asked: those of the bundled samples, and of any number of tiles; of as many as
+    ``fit`` tries, if it is to be answered.
+    """
     family, found = model.family, bundled(model)
     one = family.shape_of(model, family.of_tiles(model, 1), 0)
     if each_its_own(model):  # the usual picture, and the largest
         found = [one, largest(model)]
     elif family.one_batch(model):
-        most = max(1, min(searched_tiles(model), (model.positions - one.text_tokens - 1) // max(1, one.visual_tokens)))
+        tried = searched_tiles(model) if fit else family.most_tiles(model)
+        most = max(1, min(tried, (model.positions - one.text_tokens - 1) // max(1, one.visual_tokens)))
         found += [family.shape_of(model, family.of_tiles(model, n), 0) for n in range(1, most + 1)]
     else:  # as many images as one looks at first
         found += [family.shape_of(model, family.of_tiles(model, family.most_tiles(model), n), 0) for n in (1, 2)]
@@ -170,27 +173,22 @@ def batches_of(model: Model) -> list[Shape]:
 # -- recording ---------------------------------------------------------------------------------------------------------
 
 
-def record(name: str, runs: bool) -> None:
+def record(name: str, *, runs: bool, again: bool) -> None:
     """Record what is missing of a model, in this process, and put it into the package, entry by entry.
 
-    ``runs``: only what methods ask for themselves.
+    ``runs``: only what methods ask for themselves; ``again``: also what entries lack that are there.
     """
-    from memprof.bench import Bench
-
-    model = find(name)
-    entries, benches = entries_of(model), dict[Setup, Bench]()
-    missing = [entry for entry in entries.values() if not file_of(entry.name).exists() and entry.run >= runs]
+    model, benches = find(name), dict[Setup, Bench]()
+    missing = [one for one in entries_of(model).values() if one.run >= runs and (again or not there(one))]
     with tempfile.TemporaryDirectory() as folder:
         for done, entry in enumerate(missing, start=1):
             start = sum(os.times()[:4])
             bench = benches.setdefault(entry.setup, Bench(entry.setup))
             bench.book.folder = Path(folder)
-            asked = [*entry.asks(model)]
-            for asks in asked * AGAIN:
-                bench.foresee(asks)
-            lost = sum(not bench.knows(ask) for asks in asked for ask in asks)
+            asks = foresee(entry, model, bench)
+            lost = sum(not bench.knows(ask) for ask in asks)
             made = Path(folder) / f"{entry.name}.json"
-            if not made.exists() and file_of(entry.name).exists():  # of another model with the same numbers, meanwhile
+            if not made.exists() and there(entry):  # of another model with the same numbers, meanwhile; or whole
                 continue
             files.replace(file_of(entry.name), lzma.compress(made.read_bytes(), preset=9))
             took, method = sum(os.times()[:4]) - start, method_spec(entry.ask.pruner)
@@ -199,16 +197,40 @@ def record(name: str, runs: bool) -> None:
             print(f"{name} {done}/{len(missing)}: {words}", flush=True)
 
 
+def foresee(entry: Entry, model: Model, bench: Bench) -> list[Ask]:
+    """Have all recorded that is asked of an entry; returns it."""
+    asked = [*entry.asks(model)]
+    for asks in asked * AGAIN:
+        bench.foresee(asks)
+    if not entry.run:
+        longer = [[dataclasses.replace(ask, new_tokens=TOKENS) for ask in asks] for asks in asked if rises(bench, asks)]
+        for asks in longer * AGAIN:
+            bench.foresee(asks)
+        asked += longer
+    return [ask for asks in asked for ask in asks]
+
+
+def rises(bench: Bench, asks: list[Ask]) -> bool:
+    """Whether decoding may reach the peak in the shortest of some prompts, which is where it would."""
+    shortest = min(asks, key=lambda ask: ask.shape.length)
+    return may_rise(bench.outcome(shortest).memory, TOKENS)
+
+
 def file_of(name: str) -> Path:
     """Where an entry is in the package."""
     return SHIPPED / f"{name}{SUFFIX}"
 
 
-def apart(name: str, runs: bool) -> str:
+def there(entry: Entry) -> bool:
+    """Whether the package has an entry."""
+    return file_of(entry.name).exists()
+
+
+def apart(name: str, how: list[str]) -> str:
     """:func:`record` in a process of its own; says how long that took."""
     start = time.monotonic()
     alone = {**os.environ, "MEMPROF_CACHE": "", "OMP_NUM_THREADS": "1"}
-    subprocess.run([sys.executable, __file__, "--here", "runs" if runs else "all", name], check=True, env=alone)
+    subprocess.run([sys.executable, __file__, *how, name], check=True, env=alone)
     return f"{name}: {time.monotonic() - start:.0f} s"
 
 
@@ -217,10 +239,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("models", nargs="*", metavar="MODEL", help="some models only, or core; the others' stay")
     parser.add_argument("--jobs", type=int, default=2, help="processes side by side (default: 2)")
+    parser.add_argument("--again", action="store_true", help="add to entries that are there what they lack")
     parser.add_argument("--here", choices=("runs", "all"), help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.here:
-        record(args.models[0], args.here == "runs")
+        record(args.models[0], runs=args.here == "runs", again=args.again)
         return
     models = {name: entries_of(model) for name, model in named().items()}
     known = {name for entries in models.values() for name in entries}
@@ -235,14 +258,15 @@ def main() -> None:
     for runs in (True, False):
         todo = [
             name for name in asked
-            if not all(file_of(entry.name).exists() for entry in models[name].values() if entry.run >= runs)
+            if args.again or not all(there(entry) for entry in models[name].values() if entry.run >= runs)
         ]  # fmt: skip
+        how = ["--here", "runs" if runs else "all", *["--again"] * args.again]
         with ThreadPoolExecutor(args.jobs) as pool:
-            for number, said in enumerate(pool.map(apart, todo, [runs] * len(todo)), start=1):
+            for number, said in enumerate(pool.map(apart, todo, [how] * len(todo)), start=1):
                 print(f"{said} ({number} of {len(todo)} models)", flush=True)
-    there = sorted(SHIPPED.glob(f"*{SUFFIX}"))
-    size = sum(file.stat().st_size for file in there)
-    print(f"{len(there)} entries, {size / 1e6:.1f} MB in {SHIPPED}")
+    shipped = sorted(SHIPPED.glob(f"*{SUFFIX}"))
+    size = sum(file.stat().st_size for file in shipped)
+    print(f"{len(shipped)} entries, {size / 1e6:.1f} MB in {SHIPPED}")
 
 
 if __name__ == "__main__":

@@ -193,7 +193,7 @@ class Benches:
         tokens = change.spec.max_new_tokens
         every_token = every_token or self.knows(change, tokens)
         memory = self._run(change, tokens if every_token else min(self.FEW, tokens))
-        return self._run(change, tokens) if _may_rise(memory, tokens) else memory
+        return self._run(change, tokens) if may_rise(memory, tokens) else memory
 
     def knows(self, change: Change, tokens: int = FEW) -> bool:
         """Whether so many tokens of ``change`` were recorded before."""
@@ -214,7 +214,7 @@ class Benches:
         return self._benches[setup], ask
 
 
-def _may_rise(memory: Memory, tokens: int) -> bool:
+def may_rise(memory: Memory, tokens: int) -> bool:
     """Whether later decode steps could pass the peak so far: each adds a row of cache, and holds one layer's twice."""
     columns = memory.fullest.tokens
     if len(columns) >= tokens:

@@ -590,7 +590,7 @@ class Unfolded:
         self.depth, self.tokens, self._at_once = depth, tokens, at_once or AT_ONCE
         self.runs = runs_of(tokens, filled) if structure.folded_tokens else _singles(0, tokens)
         self._kept: dict[tuple[int, int, tuple[Name, ...]], _Written] = {}
-        self._filled: dict[Place, Segment] = {}
+        self._with_gaps: dict[Place, Segment] = {}
         self._sites: dict[tuple[Place, int], list[tuple[str, str]]] = {}
 
     def trace(self, lengths: Sequence[int], passages: Sequence[Passage] = ()) -> Trace:
@@ -625,11 +625,11 @@ class Unfolded:
 
     def segment(self, place: Place) -> Segment:
         """The segment in ``place``, its gaps filled."""
-        found = self.structure.written.get(place) or self._filled.get(place)
+        found = self.structure.written.get(place) or self._with_gaps.get(place)
         if found is None:
             found = Segment.of(self.structure, place, self.courses)
             gaps = any(isinstance(step, int) for step in self.structure.steps[place])
-            (self._filled if gaps else self.structure.written)[place] = found
+            (self._with_gaps if gaps else self.structure.written)[place] = found
         return found
 
     def sites(self, place: Place, layer: int) -> list[tuple[str, str]]:
