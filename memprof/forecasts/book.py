@@ -236,7 +236,7 @@ def _joined(own: Entry | None, shipped: Entry | None) -> Entry | None:
 
 
 def _seen(program: Program | None) -> int:
-    return 0 if program is None else len(program.reach.seen)
+    return 0 if program is None else program.recordings
 
 
 # -- what it depends on ------------------------------------------------------------------------------------------------

@@ -485,6 +485,11 @@ class Program:
         """Which shapes it answers for."""
         return self.sizes.reach
 
+    @property
+    def recordings(self) -> int:
+        """How many it was seen in."""
+        return len(self._sizes.reach.seen if self._told is None else self._told["seen"])
+
     def add(self, lengths: Sequence[int], folded: Folded) -> None:
         """Take a recording in: as one more point to combine from, or as a test of what the others say.
 

@@ -183,7 +183,10 @@ class Selections:
 
     def join(self, others: Selections) -> None:
         """Take in the recordings of ``others`` that tell something new."""
-        self.known += [one for one in others.known if any(self.at(counts) is None for counts in one.seen)]
+        seen = {counts for one in self.known for counts in one.seen}
+        self.known += [
+            one for one in others.known if any(n not in seen and self.at(n) is None for n in one.seen)
+        ]  # fmt: skip
 
     def to_json(self) -> list[dict[str, Any]]:
         """As plain lists and numbers, course by course."""
