@@ -17,7 +17,7 @@ from memprof.bench import recorder as recorder_module
 from memprof.bench.recorder import Recorder
 from memprof.errors import DoesNotFit
 from memprof.families import FAMILIES
-from memprof.forecasts import book
+from memprof.forecasts import Ask, book
 from memprof.gpus import CONTEXT_BYTES
 from memprof.models import find
 from memprof.prompts import Shape
@@ -115,6 +115,25 @@ def test_layers_that_a_tower_adds_to_are_a_head_of_their_own(monkeypatch: pytest
     assert all(bench.knows(done.ask(shape)) for shape in random_shapes(bench, 12, 1))
     programs = [one.structure for one in recorder.programs.shared.values() if one is not None]
     assert all(one is not None and one.folded_layers for one in programs)
+
+
+@pytest.mark.parametrize("family", ["smolvlm", "llava-next", "llava-onevision"])
+def test_what_is_known_is_answered(monkeypatch: pytest.MonkeyPatch, family: str) -> None:
+    """Pictures whose tokens do not grow evenly with their tiles: what combinations say in fractions is not known."""
+    bench, done = bench_of(monkeypatch, "baseline", "current", family)
+    own, model = bench.model.family, bench.model
+
+    def asks(*texts: int) -> list[Ask]:
+        tiles = range(1, own.most_tiles(model) + 1)
+        return [done.ask(own.shape_of(model, own.of_tiles(model, n), text), seed=0) for n in tiles for text in texts]
+
+    bench.foresee(asks(1, 90))
+    known = [ask for ask in asks(*range(2, 90, 8)) if bench.knows(ask)]
+    assert all(bench._predict(ask) is not None for ask in known)
+    bench.foresee(asks(53))
+    assert all(bench.knows(ask) for ask in asks(53))
+    for ask in random.Random(3).sample(asks(53), 2):
+        assert bench._predict(ask) == bench.profile(ask)
 
 
 def test_a_model_whose_layers_never_repeat_is_traced_directly(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -52,7 +52,8 @@ def test_the_core_is_in_it_and_nothing_stale(monkeypatch: pytest.MonkeyPatch, sc
 def test_what_ships_answers_run_and_fit(monkeypatch: pytest.MonkeyPatch, script: ModuleType, name: str) -> None:
     """Every bundled sample, every share kept, and all that ``fit`` looks at on a small card and on a large one.
 
-    Where each grid of patches is a program of its own, the usual picture stands for the others.
+    Where each grid of patches is a program of its own, the usual picture stands for the others; and where each number
+    of images is one, or prompts are text alone, what ``fit`` looks at is recorded when it is asked for.
     """
     monkeypatch.setattr(book, "package_version", pinned)
     monkeypatch.setenv("MEMPROF_CACHE", "")
@@ -73,7 +74,7 @@ def test_what_ships_answers_run_and_fit(monkeypatch: pytest.MonkeyPatch, script:
             asks = [dataclasses.replace(ask, pruner=pruner).about(prompt) for prompt in prompts]
             unknown = [one.shape for one in asks if not bench.knows(one)]
             assert not unknown, f"{pruner}: {len(unknown)} of {len(asks)}"
-        if script.each_its_own(model):
+        if not (model.family.sees and model.family.one_batch(model)):
             continue
         static = bench.standing(ask.pruner, ask.manner).static_bytes
         for room in (2 * GIB, 40 * GIB):

@@ -231,7 +231,9 @@ class Recorder:
         recordings = self._record([(asked[lengths], point[-1]) for lengths, point in plan], self._prove)
         for (_, point), recording in zip(plan, recordings, strict=True):
             program.add(point, self._fold(recording))
-        for shape in group:
+        for lengths, shape in asked.items():
+            if program.reach.covers(lengths):
+                program.sizes.at(lengths)  # no whole numbers: these shapes are no combinations of each other
             self._fill(program, shape)
 
     def _prove(self, recording: Recording) -> None:

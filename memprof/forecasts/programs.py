@@ -178,7 +178,7 @@ class Programs:
         lengths = self.lengths(shape, new_tokens)
         keys = (self.key(shape, new_tokens, level) for level in range(len(CLASSES)))
         programs = filter(None, map(self.shared.get, keys))
-        return next((program for program in programs if program.reach.covers(lengths)), None)
+        return next((program for program in programs if program.covers(lengths)), None)
 
     def counts(self, program: Program, shape: Shape) -> list[Counts]:
         """What the selections that fill the program's gaps are shown of a shape."""

@@ -485,6 +485,10 @@ class Program:
         """Which shapes it answers for."""
         return self.sizes.reach
 
+    def covers(self, lengths: Sequence[int]) -> bool:
+        """Whether it answers for a shape: one within reach, whose sizes come out as whole numbers."""
+        return self.reach.covers(lengths) and self.sizes.whole(lengths)
+
     @property
     def recordings(self) -> int:
         """How many it was seen in."""

@@ -68,6 +68,7 @@ class Sizes:
     def __init__(self) -> None:
         self.reach = Reach()
         self.tables: list[Ints] = []
+        self._unique: tuple[int, Ints, Ints] | None = None
 
     def add(self, lengths: Sequence[int], table: Ints) -> None:
         """Take a recording in: as one more point to combine from, or as a test of what the others say.
@@ -78,25 +79,63 @@ class Sizes:
         weights = self.reach.span.weights(lengths)
         if weights is None:
             self.tables.append(table)
-        elif (self._combined(weights, lengths) != table).any():
+        elif (self._spread(self._combined(weights, lengths)) != table).any():
             raise Irregular(f"the program is wrong about {tuple(lengths)}")
         self.reach.add(lengths)
 
     def at(self, lengths: Sequence[int]) -> Ints:
         """The table of a point; raises Irregular where it is no combination, or one of no whole numbers."""
+        return self._spread(self._rows_at(lengths))
+
+    def whole(self, lengths: Sequence[int]) -> bool:
+        """Whether :meth:`at` has a table of a point: else sizes are no such combinations, whatever tests they stood."""
+        try:
+            self._rows_at(lengths)
+        except Irregular:
+            return False
+        return True
+
+    def _rows_at(self, lengths: Sequence[int]) -> Ints:
         weights = self.reach.span.weights(lengths)
         if weights is None:
             raise Irregular(f"{tuple(lengths)} is no combination of what was recorded")
         return self._combined(weights, lengths)
 
     def _combined(self, weights: Sequence[Fraction], lengths: Sequence[int]) -> Ints:
+        """The rows that differ, combined: ``(rows, ...)``."""
         scale = lcm(*(w.denominator for w in weights))
         whole = np.array([int(w * scale) for w in weights], dtype=np.int64)
-        total = np.tensordot(whole, np.stack(self.tables), axes=1)
+        total: Ints = np.tensordot(self._rows[0], whole, axes=(1, 0))
         if (total % scale).any():
             raise Irregular(f"{tuple(lengths)} gives lengths that are no whole numbers")
-        combined: Ints = total // scale
-        return combined
+        return total // scale
+
+    def _spread(self, rows: Ints) -> Ints:
+        """The table of such rows."""
+        table: Ints = np.moveaxis(rows[self._rows[1]], 0, -2)
+        return table
+
+    @property
+    def _rows(self) -> tuple[Ints, Ints]:
+        """What differs from tensor to tensor, ``(rows, points, ..., AXES)``, and the row of each: most have the sizes
+        of others.
+        """
+        if self._unique is None or self._unique[0] != len(self.tables):
+            stacked = np.moveaxis(np.stack(self.tables), -2, 0)
+            first, place = _distinct(stacked)
+            self._unique = len(self.tables), stacked[first], place
+        return self._unique[1:]
+
+
+def _distinct(rows: Ints) -> tuple[Ints, Ints]:
+    """The first of each that differ along the first axis, in order, and the number of each row among them."""
+    number, first = dict[bytes, int](), list[int]()
+    place = np.empty(len(rows), dtype=np.int64)
+    for i, row in enumerate(rows):
+        place[i] = number.setdefault(row.tobytes(), len(number))
+        if len(number) > len(first):
+            first.append(i)
+    return np.array(first, dtype=np.int64), place
 
 
 def packed(tables: Sequence[Ints]) -> dict[str, Any]:
@@ -104,11 +143,9 @@ def packed(tables: Sequence[Ints]) -> dict[str, Any]:
     sizes in all of them, and those are written once.
     """
     stacked = np.moveaxis(np.stack(tables), -2, 0)
-    rows = stacked.reshape(len(stacked), stacked[0].size if len(stacked) else 0)
-    number = dict[bytes, int]()
-    place = [number.setdefault(row.tobytes(), len(number)) for row in rows]
-    first = np.unique(place, return_index=True)[1].astype(np.int64)
-    return {"sizes": rows[first].tolist(), "size": place}
+    first, place = _distinct(stacked)
+    width = stacked[0].size if len(stacked) else 0
+    return {"sizes": stacked[first].reshape(len(first), width).tolist(), "size": place.tolist()}
 
 
 def unpacked(data: Mapping[str, Any], count: int, shape: tuple[int, ...]) -> list[Ints]:

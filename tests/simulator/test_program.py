@@ -5,6 +5,7 @@ import tracemalloc
 from fractions import Fraction
 from typing import Any
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -15,7 +16,7 @@ from memprof.simulator.program import FOLDED_TOKENS, STEPS_BEFORE, Program, Reco
 from memprof.simulator.reach import Reach, Span
 from memprof.simulator.replay import read_cuda, read_stretches
 from memprof.simulator.selection import Passage
-from memprof.simulator.sizes import Irregular
+from memprof.simulator.sizes import AXES, Irregular, Sizes
 from memprof.simulator.trace import Trace
 from memprof.units import MIB
 
@@ -188,6 +189,21 @@ def test_what_it_answers_for() -> None:
     assert tested.reach.covers((20, 16))
     assert not tested.reach.covers((9, 16))
     assert not tested.reach.covers((41, 16))
+
+
+def test_what_comes_out_in_fractions_is_not_answered_for() -> None:
+    """A tensor that does not grow evenly, where the recording that shows it was never put to the test."""
+    sizes = Sizes()
+    for lengths, rows in (((1, 6, 5), 0), ((127, 517, 6), 253), ((126, 517, 5), 251)):
+        sizes.add(lengths, np.full((1, AXES), rows, dtype=np.int64))
+    sizes.add((125, 517, 5), np.full((1, AXES), 249, dtype=np.int64))
+    sizes.add((124, 517, 5), np.full((1, AXES), 247, dtype=np.int64))  # a test, of those that lie in a row
+    assert sizes.reach.covers((17, 58, 5))
+    assert not sizes.whole((17, 58, 5))
+    with pytest.raises(Irregular, match="no whole numbers"):
+        sizes.at((17, 58, 5))
+    assert sizes.whole((100, 517, 5))
+    assert sizes.at((100, 517, 5))[0, 0] == 199
 
 
 def test_what_does_not_repeat_is_refused() -> None:
