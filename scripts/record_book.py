@@ -44,8 +44,9 @@ from memprof.tasks import TASKS
 #: Those of the TopV paper's supplement and the proving model: what the README and the tutorials ask about.
 CORE = ("internvl2-2b", "llava-1.5-7b", "proving")
 METHODS = ("baseline", "fastv", "topv")
-#: Tokens of the shortest and of the longest question; and of a prompt that is text alone.
-QUESTIONS, TEXTS = (1, 512), (1, 4096)
+#: Tokens of the shortest and of the longest question; and of a prompt that is text alone: one of a single token takes
+#: the steps of decoding, and tells of no other.
+QUESTIONS, TEXTS = (1, 512), (8, 4096)
 #: Tokens of a run's answer, which stand for all from seven tokens on; and those that ``explain`` makes first, which are
 #: all that it makes unless decoding may reach the peak.
 TOKENS, FEW = 16, Benches.FEW
@@ -117,6 +118,7 @@ def questions_of(model: Model) -> tuple[int, int, int]:
     the two say, where all pictures are as many tokens.
     """
     shortest, longest = QUESTIONS if model.family.sees else TEXTS
+    longest = min(longest, model.positions - TOKENS)
     return shortest, longest, (shortest + longest) // 2
 
 
