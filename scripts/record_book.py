@@ -50,8 +50,9 @@ QUESTIONS, TEXTS = (1, 512), (8, 4096)
 #: Tokens of a run's answer, which stand for all from seven tokens on; and those that ``explain`` makes first, which are
 #: all that it makes unless decoding may reach the peak.
 TOKENS, FEW = 16, Benches.FEW
-#: Shares of visual tokens beside a method's own: one token, nearly all, between which lie the others; and no cut.
-SHARES, UNCUT = (1e-6, 0.999), 1.0
+#: Shares of visual tokens beside a method's own: one token, nearly all (of few and of many), between which lie the
+#: others; and no cut.
+SHARES, UNCUT = (1e-6, 0.98, 0.999), 1.0
 #: How often all is asked: where one prompt shows that a program is wrong, those asked before need others in its place.
 AGAIN = 3
 #: Most kinds of images that are told apart, before it is no use.

@@ -67,7 +67,8 @@ def test_what_ships_answers_run_and_fit(monkeypatch: pytest.MonkeyPatch, script:
         shapes = script.bundled(model)
         if script.each_its_own(model):
             shapes = [model.family.shape_of(model, model.family.of_tiles(model, 1), 0), script.largest(model)]
-        prompts = [shape.longer(tokens) for shape in shapes for tokens in (1, QUESTION_TOKENS, 400)]
+        texts = script.questions_of(model)[0], QUESTION_TOKENS, 400
+        prompts = [shape.longer(tokens) for shape in shapes for tokens in texts]
         keeps = [None] if kept_share(entry.ask.pruner) is None else [0.01, 1 / 3, 0.9]
         for keep in keeps:
             pruner = ask.pruner if keep is None else dataclasses.replace(ask.pruner, keep=keep)
