@@ -5,8 +5,8 @@ under Baseline, FastV and TopV on both stacks, and what ``explain`` tries in the
 torch and transformers that are installed here, which must be those of ``constraints.txt``, by ``RECORDER``
 (:mod:`memprof.forecasts.book`), and by what the files of the method and of the family do. Where one of these changes,
 entries are found no more: ``python scripts/record_book.py core`` takes those away and makes the :data:`CORE` again, in
-minutes, which is all that ``tests/test_shipped_book.py`` asks for; a release has them all, which takes more than an
-hour of two cores.
+minutes, which is all that ``tests/test_shipped_book.py`` asks for; a release has them all, which takes hours of two
+cores.
 
 A model is a process of its own, two of them at a time, and each entry is put into the package as soon as it is made: a
 run that was cut goes on where it stopped, and what is in place is left alone (``--again`` adds to it what it lacks).

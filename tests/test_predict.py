@@ -114,6 +114,7 @@ def test_layers_that_a_tower_adds_to_are_a_head_of_their_own(monkeypatch: pytest
     recorder = compare(bench, done, asked=12, compared=2)
     assert all(bench.knows(done.ask(shape)) for shape in random_shapes(bench, 12, 1))
     programs = [one.structure for one in recorder.programs.shared.values() if one is not None]
+    assert programs
     assert all(one is not None and one.folded_layers for one in programs)
 
 

@@ -26,8 +26,7 @@ ROOT = Path(__file__).parents[1]
 MOST = 15_000_000
 
 
-@pytest.fixture(scope="module")
-def script() -> ModuleType:
+def loaded() -> ModuleType:
     spec = importlib.util.spec_from_file_location("record_book", ROOT / "scripts" / "record_book.py")
     assert spec is not None
     assert spec.loader is not None
@@ -36,7 +35,10 @@ def script() -> ModuleType:
     return module
 
 
-def test_the_core_is_in_it_and_nothing_stale(monkeypatch: pytest.MonkeyPatch, script: ModuleType) -> None:
+script = loaded()
+
+
+def test_the_core_is_in_it_and_nothing_stale(monkeypatch: pytest.MonkeyPatch) -> None:
     """Where a method or a family does other things, ``RECORDER`` or a version changed, entries are found no more."""
     monkeypatch.setattr(book, "package_version", pinned)
     wanted = {name: set(script.entries_of(model)) for name, model in named().items()}
@@ -48,8 +50,8 @@ def test_the_core_is_in_it_and_nothing_stale(monkeypatch: pytest.MonkeyPatch, sc
     assert not stale, f"{len(stale)} entries of the book that ships are found by nothing any more; {again}"
 
 
-@pytest.mark.parametrize("name", named() if EVERY else ["llava-1.5-7b", "internvl2-2b", "proving"])
-def test_what_ships_answers_run_and_fit(monkeypatch: pytest.MonkeyPatch, script: ModuleType, name: str) -> None:
+@pytest.mark.parametrize("name", named() if EVERY else script.CORE)
+def test_what_ships_answers_run_and_fit(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
     """Every bundled sample, every share kept, and all that ``fit`` looks at on a small card and on a large one.
 
     Where each grid of patches is a program of its own, the usual picture stands for the others; and where each number
