@@ -23,7 +23,7 @@ from memprof.models import find
 from memprof.prompts import Shape
 from memprof.records import RunSpec
 from memprof.runner import Complete, complete_spec
-from memprof.simulator import program
+from memprof.simulator import folding, unfolding
 from memprof.simulator.trace import Trace
 from memprof.units import MIB
 
@@ -141,9 +141,9 @@ def test_a_model_whose_layers_never_repeat_is_traced_directly(monkeypatch: pytes
     bench, done = bench_of(monkeypatch, "baseline", "current")
     tried = list[int]()
 
-    def unlike(recording: program.Recording, **_: object) -> None:
+    def unlike(recording: folding.Recording, **_: object) -> None:
         tried.append(recording.head_layers)
-        raise program.Unlike(recording.head_layers, "made up")
+        raise folding.Unlike(recording.head_layers, "made up")
 
     monkeypatch.setattr(recorder_module, "fold", unlike)
     shape = random_shapes(bench, 1, 3)[0]
@@ -157,7 +157,7 @@ def test_it_is_the_same_however_many_tokens_are_written_out_at_once(monkeypatch:
     direct = bench.profile(ask)
     bench.foresee([ask])
     for at_once in (3, 5, 11, 12):
-        monkeypatch.setattr(program, "AT_ONCE", at_once)
+        monkeypatch.setattr(unfolding, "AT_ONCE", at_once)
         recorder_of(bench, done).programs._unfolded.clear()
         assert bench._predict(ask) == direct, at_once
 

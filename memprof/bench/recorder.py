@@ -30,7 +30,8 @@ from memprof.pruning import Choice, Pruner
 from memprof.pruning.signals import signal_kind
 from memprof.pruning.view import View, no_projector
 from memprof.pruning.vision import projected
-from memprof.simulator.program import FOLDED_TOKENS, STEPS_BEFORE, Program, Recording, Unlike, fold
+from memprof.simulator.folding import FOLDED_TOKENS, STEPS_BEFORE, Recording, Unlike, fold
+from memprof.simulator.program import Program
 from memprof.simulator.reach import Reach
 from memprof.simulator.selection import Passage
 from memprof.simulator.sizes import Irregular

@@ -17,11 +17,13 @@ from memprof.pruning import Pruner, Stage
 from memprof.pruning.signals import signal_kind
 from memprof.simulator.allocator import CachingAllocator
 from memprof.simulator.filling import Told, joined
-from memprof.simulator.program import FOLDED_TOKENS, STEPS_BEFORE, Program, Unfolded
+from memprof.simulator.folding import FOLDED_TOKENS, STEPS_BEFORE
+from memprof.simulator.program import Program
 from memprof.simulator.replay import Reading, read_stretches
 from memprof.simulator.selection import Counts, Passage, Selections
 from memprof.simulator.sizes import Irregular
 from memprof.simulator.small_pool import Known
+from memprof.simulator.unfolding import Unfolded
 
 #: What a prompt's shape is told apart by, coarse first: where recordings disagree, the next is tried.
 CLASSES: tuple[Callable[[Shape], int], ...] = (

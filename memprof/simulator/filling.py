@@ -12,8 +12,10 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from memprof.simulator.program import HEAD_TOKENS, Program, Structure, Unfolded
+from memprof.simulator.folding import HEAD_TOKENS, Structure
+from memprof.simulator.program import Program
 from memprof.simulator.sizes import Ints, Irregular, Table
+from memprof.simulator.unfolding import Unfolded
 
 
 @dataclass(frozen=True)

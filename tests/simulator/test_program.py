@@ -12,12 +12,14 @@ from hypothesis import strategies as st
 
 from memprof.simulator.allocator import AllocatorSettings, CachingAllocator
 from memprof.simulator.filling import joined
-from memprof.simulator.program import FOLDED_TOKENS, STEPS_BEFORE, Program, Recording, Unfolded, fold
+from memprof.simulator.folding import FOLDED_TOKENS, STEPS_BEFORE, Recording, fold
+from memprof.simulator.program import Program
 from memprof.simulator.reach import Reach, Span
 from memprof.simulator.replay import read_cuda, read_stretches
 from memprof.simulator.selection import Passage
 from memprof.simulator.sizes import AXES, Irregular, Sizes
 from memprof.simulator.trace import Trace
+from memprof.simulator.unfolding import Unfolded
 from memprof.units import MIB
 
 
@@ -128,7 +130,7 @@ def filled(n: int, tokens: int, window: int, **kind: Any) -> Unfolded:
 def test_a_window_that_fills_in_an_answer(
     step: int, behind: int, at_once: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("memprof.simulator.program.AT_ONCE", at_once)
+    monkeypatch.setattr("memprof.simulator.unfolding.AT_ONCE", at_once)
     n, tokens, kind = 50 - step, step + behind, {"wide": 8_192}
     real = read_cuda(made_up(tokens, 9, n, window=50, **kind).trace, CachingAllocator())
     ours, own = filled(n, tokens, 50, **kind), (n, tokens)
